@@ -1,0 +1,53 @@
+"""Callbacks and strategies that make any LightningModule train faster, in less memory, or end up smaller."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_accel.accumulation.gradient_accumulation import GradientAccumulation
+    from lightning_accel.augment.batch_augmentation import BatchAugmentation
+    from lightning_accel.augment.label_smoothing import LabelSmoothing
+    from lightning_accel.durability.exact_resume import ExactResume
+    from lightning_accel.errors import NoEffectWarning
+    from lightning_accel.optimizers.fused import FusedOptimizer
+    from lightning_accel.optimizers.low_bit import LowBitOptimizer
+    from lightning_accel.pruning.gradual import GradualPruning
+    from lightning_accel.schedules import Duration
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchAugmentation",
+    "Duration",
+    "ExactResume",
+    "FusedOptimizer",
+    "GradientAccumulation",
+    "GradualPruning",
+    "LabelSmoothing",
+    "LowBitOptimizer",
+    "NoEffectWarning",
+]
+
+_HOME = {
+    "BatchAugmentation": "augment.batch_augmentation",
+    "Duration": "schedules",
+    "ExactResume": "durability.exact_resume",
+    "FusedOptimizer": "optimizers.fused",
+    "GradientAccumulation": "accumulation.gradient_accumulation",
+    "GradualPruning": "pruning.gradual",
+    "LabelSmoothing": "augment.label_smoothing",
+    "LowBitOptimizer": "optimizers.low_bit",
+    "NoEffectWarning": "errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
