@@ -43,7 +43,9 @@ def check_int(name: str, value: Any, minimum: int | None = None) -> int:
     return value
 
 
-def check_number(name: str, value: Any, low: float, high: float, *, open_low: bool = False, open_high: bool = False) -> float:
+def check_number(
+    name: str, value: Any, low: float, high: float, *, open_low: bool = False, open_high: bool = False
+) -> float:
     """Return ``value`` as a float if it is a real number in the interval from ``low`` to ``high``.
 
     Raises:
@@ -80,7 +82,8 @@ def check_patterns(name: str, patterns: Any) -> tuple[re.Pattern[str], ...]:
     """Compile a list of regular expressions.
 
     Raises:
-        TypeError: If ``patterns`` is not a list of strings (one bare string is refused: it would be read letter by letter).
+        TypeError: If ``patterns`` is not a list of strings. One bare string is refused: it would be read letter by
+            letter.
         ValueError: If one of them is not a valid regular expression.
     """
     if isinstance(patterns, str) or not isinstance(patterns, Iterable):
@@ -92,7 +95,9 @@ def check_patterns(name: str, patterns: Any) -> tuple[re.Pattern[str], ...]:
         try:
             compiled.append(re.compile(pattern))
         except re.error as error:
-            raise ValueError(f"Expected `{name}` to hold valid regular expressions, but got {pattern!r} ({error}).") from None
+            raise ValueError(
+                f"Expected `{name}` to hold valid regular expressions, but got {pattern!r} ({error})."
+            ) from None
     return tuple(compiled)
 
 

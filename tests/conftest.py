@@ -1,0 +1,47 @@
+"""What every test starts from: one torch thread, fixed seeds, and an empty working directory of its own."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+
+# Before torch is imported, and inherited by every process that a test starts. More threads than cores make tiny models
+# many times slower. PYTHONPATH lets a child process import `tests`, from whatever directory it runs in.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+# Derandomized: the same examples in every run, so that a red test is red again. No deadline: the machine may be busy.
+hypothesis.settings.register_profile("repo", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("repo")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    """Start every test from the same random states."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Run every test in an empty directory of its own, so that logs and checkpoints never land in the repository."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """The root of the repository."""
+    return REPO
