@@ -165,15 +165,15 @@ class Duration:
 def _checked(name: str, value: Any, unit: Unit, given: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"Expected `{name}` to be a number, but got {given!r}.")
-    value = float(value)
-    if unit == "fit" and not 0 <= value <= 1:
+    number = float(value)
+    if unit == "fit" and not 0 <= number <= 1:
         raise ValueError(f"Expected `{name}` to be in [0, 1] of the fit, but got {given!r}.")
-    if unit == "epoch" and not 0 <= value < math.inf:
+    if unit == "epoch" and not 0 <= number < math.inf:
         raise ValueError(f"Expected `{name}` to be a number of epochs of at least 0, but got {given!r}.")
-    if unit in ("step", "batch") and not (0 <= value < math.inf and value.is_integer()):
+    if unit in ("step", "batch") and not (0 <= number < math.inf and number.is_integer()):
         plural = "steps" if unit == "step" else "batches"
         raise ValueError(f"Expected `{name}` to be a whole number of {plural} of at least 0, but got {given!r}.")
-    return value
+    return number
 
 
 def _endless(duration: Duration) -> ValueError:
