@@ -92,9 +92,9 @@ def state_dict_bytes(module: nn.Module) -> tuple[int, int]:
 class PeakMemory:
     """The most memory in use between ``start`` and ``stop``, above what was in use at ``start``.
 
-    On a CUDA device it is what torch allocated there. Elsewhere it is the resident memory of this process: exact on Linux,
-    where the kernel's high-water mark can be reset; on other systems the mark covers the process's whole life, so that a
-    peak below an earlier one reads 0.
+    On a CUDA device it is what torch allocated there. Otherwise it is the resident memory of this process: exact on
+    Linux, where the kernel's high-water mark can be reset; elsewhere the mark covers the process's whole life, so that
+    a peak below an earlier one reads 0.
     """
 
     def __init__(self) -> None:
