@@ -303,6 +303,8 @@ def quiet_trainer(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             del sys.modules[name]
 
 
+# Lightning's advice for large runs: workers, log intervals, a validation_step without a loader
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
 @pytest.mark.parametrize("page", PAGES)
 def test_page(page: str, own_directory: Path, quiet_trainer: None) -> None:
     runner = Page(page)
