@@ -50,7 +50,7 @@ td.no-effect { color: var(--soft); } td.not-reached, td.not-enough-seeds { color
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: 12px; }
 figcaption { font-weight: 600; margin-bottom: 6px; } figcaption span { font-weight: 400; margin-left: 12px; }
 svg { width: 100%; height: auto; display: block; } svg text { fill: var(--ink); font-size: 14px; }
-figure.all { grid-column: 1 / -1; } figure.all svg { max-width: 800px; }
+figure.all { grid-column: 1 / -1; } figure.all svg { max-width: 690px; }
 svg .grid { stroke: var(--line); } svg .axis { stroke: var(--soft); }
 svg .one { stroke: var(--ink); stroke-width: 1.4; }
 svg .target { stroke: var(--soft); stroke-dasharray: 5 4; } svg polyline { fill: none; stroke-width: 1.8; }

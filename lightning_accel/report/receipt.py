@@ -288,6 +288,12 @@ def _notes(runs: Sequence[Run], by_side: _BySide, metric: str) -> list[str]:
         )
     if len({json.dumps(run.environment, sort_keys=True) for run in finished}) > 1:
         notes.append("The runs were made in different environments, so times and memory may not be comparable.")
+    digests: dict[str, set[str]] = {}
+    for run in finished:
+        for path, digest in run.sources.items():
+            digests.setdefault(path, set()).add(digest)
+    if changed := sorted(path for path, seen in digests.items() if len(seen) > 1):
+        notes.append(f"The code changed while the runs were made, so they are not comparable: {', '.join(changed)}.")
     if any(run.memory_kind == "resident" for run in finished):
         notes.append(
             "Peak memory is the resident memory of the process above what it held when the fit began; data-loading "

@@ -1,0 +1,49 @@
+"""``lightning-accel fit``, ``validate``, ``test`` and ``predict``: LightningCLI with our classes by their short names."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from typing import Any
+
+from lightning.pytorch.cli import LightningCLI
+
+import lightning_accel
+import lightning_accel.augment
+from lightning_accel.cli.recipes import split_recipes
+from lightning_accel.cli.usage import UsageError
+
+__all__ = ["AccelCLI", "run_lightning"]
+
+
+class AccelCLI(LightningCLI):
+    """A LightningCLI that finds this package's classes by name and the user's modules in the working directory.
+
+    Args:
+        args: The command line, from the subcommand on.
+        kwargs: Arguments of LightningCLI.
+    """
+
+    def __init__(self, args: list[str], **kwargs: Any) -> None:
+        for package in (lightning_accel, lightning_accel.augment):
+            for name in getattr(package, "__all__", ()):
+                getattr(package, name)  # a short name is looked up among the classes that are imported
+        if "" not in sys.path and os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        # A launcher of several processes needs sys.argv as it was, so LightningCLI sees both it and `args`.
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
+        super().__init__(args=args, **kwargs)
+
+
+def run_lightning(command: str, args: list[str]) -> int:
+    """Run one of LightningCLI's subcommands; return the exit status.
+
+    Raises:
+        UsageError: If a recipe is unknown, or asked for where nothing is trained.
+    """
+    rest, recipes = split_recipes(args)
+    if recipes and command != "fit":
+        raise UsageError(f"A recipe changes training, so --recipe goes with fit and compare, not with {command}.")
+    AccelCLI([command, *rest, *(part for path in recipes for part in ("--config", path))])
+    return 0

@@ -1,0 +1,121 @@
+"""Starts one run of a comparison in a process of its own, watches it and reads what it measured."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lightning_accel.report.record import Run, Side
+from lightning_accel.report.store import StorageError
+
+__all__ = ["Job", "execute", "log_tail"]
+
+_POLL = 0.1
+_PATIENCE = 5.0  # seconds between asking a process to stop and killing it
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to run.
+
+    Attributes:
+        side: "plain" or "accelerated".
+        seed: What ``seed_everything`` is set to.
+        args: LightningCLI's command line, without the seed.
+        folder: Where the run's log, and what its Trainer writes by default, goes.
+    """
+
+    side: Side
+    seed: int
+    args: list[str]
+    folder: Path
+
+    @property
+    def log(self) -> Path:
+        """The file of the run's output."""
+        return self.folder / f"{self.side}-seed{self.seed}.log"
+
+
+def execute(job: Job, on_progress: Callable[[float], None]) -> Run:
+    """Run ``job`` to its end.
+
+    Args:
+        job: What to run.
+        on_progress: Called with the fraction of the run that is done.
+
+    Returns:
+        The run, finished or failed; a failed one carries the end of its log.
+
+    Raises:
+        KeyboardInterrupt: Passed on after the process and all it started have been stopped.
+        StorageError: If the log can't be written.
+    """
+    with tempfile.TemporaryDirectory(prefix="lightning-accel-") as folder:
+        files = {name: Path(folder) / name for name in ("progress", "result", "job.json")}
+        root = job.folder / f"{job.side}-seed{job.seed}"
+        description = {
+            "side": job.side,
+            "seed": job.seed,
+            "args": [*job.args, f"--seed_everything={job.seed}"],
+            "root": str(root),
+            "progress": str(files["progress"]),
+            "result": str(files["result"]),
+        }
+        files["job.json"].write_text(json.dumps(description), encoding="utf-8")
+        try:
+            log = open(job.log, "wb")  # noqa: SIM115  # closed by the `with` below; opened here to tell its own errors
+        except OSError as error:
+            raise StorageError(f"Could not write {job.log}: {error.strerror or error}.") from error
+        with log:
+            began = time.perf_counter()
+            command = [sys.executable, "-m", "lightning_accel.cli.run_one", str(files["job.json"])]
+            # A session of its own: Ctrl-C reaches this process alone, which then stops the run and all it started.
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            try:
+                while (status := process.poll()) is None:
+                    time.sleep(_POLL)
+                    with contextlib.suppress(OSError, ValueError):
+                        on_progress(float(files["progress"].read_text()))
+            finally:
+                _stop(process)
+            seconds = time.perf_counter() - began
+        if status == 0 and files["result"].exists():
+            run = Run.from_dict(json.loads(files["result"].read_text(encoding="utf-8")))
+            return replace(run, seconds_process=seconds)
+    reason = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+    return Run(job.side, job.seed, "failed", error=f"{log_tail(job.log)}\n({reason}; the whole log is {job.log})")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Stop the process and all it started: ask by SIGINT, as Ctrl-C does, and kill what is left after a while."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_PATIENCE)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def log_tail(path: Path, lines: int = 30) -> str:
+    """Return the last lines of a log, without colours and without what a progress bar wrote over."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - 65536))
+            text = file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return ""
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    shown = [line.rsplit("\r", 1)[-1].rstrip() for line in text.replace("\r\n", "\n").split("\n")]
+    return "\n".join([line for line in shown if line][-lines:])
