@@ -42,7 +42,8 @@ OPTIONAL = {
     "torchao",
     "torchdata",
 }
-# In the base dependencies, but half a second of import each, which most runs never need.
+# In the base dependencies, but slow to import, and most runs never need them. (The report and the command line print with
+# rich.)
 LAZY = {"matplotlib", "rich"}
 TRAINER = {"trainer", "pl_module", "lightning_module", "datamodule", "strategy", "owner", "automatic_optimization"}
 
@@ -126,14 +127,15 @@ def import_breaches(module: str, tree: ast.AST) -> Iterator[str]:
             yield f"imports {name}, which is not below it"
 
 
-def optional_breaches(tree: ast.AST) -> Iterator[str]:
+def optional_breaches(module: str, tree: ast.AST) -> Iterator[str]:
     """Optional or heavy dependencies that load with the module."""
+    forbidden = OPTIONAL | (LAZY - {"rich"} if part_of(module) in {"report", "cli"} else LAZY)
     for node in at_import(tree):
         named = [name for _, name in imports(node)] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
         if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in {"import_module", "require"}:
             named = [str(argument.value) for argument in node.args[:1] if isinstance(argument, ast.Constant)]
         for name in named:
-            if name.split(".")[0] in OPTIONAL | LAZY:
+            if name.split(".")[0] in forbidden:
                 yield f"imports {name} when it is imported itself: do that where it is used"
 
 
@@ -155,7 +157,7 @@ def private_breaches(module: str, tree: ast.AST) -> Iterator[str]:
 
 def breaches(module: str, source: str) -> list[str]:
     tree = ast.parse(source)
-    return [*import_breaches(module, tree), *optional_breaches(tree), *private_breaches(module, tree)]
+    return [*import_breaches(module, tree), *optional_breaches(module, tree), *private_breaches(module, tree)]
 
 
 def module_name(path: Path) -> str:
@@ -195,6 +197,7 @@ WRONG = {
     "optional in a class body": ("augment.x", "class X:\n    import kornia", "imports kornia when"),
     "optional through a call": ("augment.x", "k = require('kornia', 'kornia', 'X')", "imports kornia when"),
     "plots are lazy": ("report.plots", "import matplotlib.pyplot as plt", "imports matplotlib.pyplot when"),
+    "rich is lazy below the report": ("hooks.plan", "from rich.table import Table", "imports rich.table.Table when"),
     "a private name of the Trainer": ("pruning.x", "trainer._data_connector", "belongs in hooks"),
     "of self.trainer": ("pruning.x", "self.trainer.fit_loop.epoch_loop._batches_that_stepped", "belongs in hooks"),
     "of a loop in a variable": ("pruning.x", "def f(epoch_loop):\n    epoch_loop._x()", "belongs in hooks"),
@@ -210,6 +213,7 @@ RIGHT = {
     "optional for types": ("optimizers.low_bit", "if TYPE_CHECKING:\n    import bitsandbytes"),
     "its own private names": ("pruning.gradual", "self._masks = self._trainer_state"),
     "hooks touch the Trainer": ("hooks.batch", "trainer._data_connector"),
+    "the report prints with rich": ("report.text", "from rich.table import Table"),
     "the version": ("report.x", "from lightning_accel import __version__"),
     "the command line knows all": ("cli.x", "import lightning_accel.report.receipt, lightning_accel.pruning.gradual"),
 }
