@@ -42,8 +42,8 @@ OPTIONAL = {
     "torchao",
     "torchdata",
 }
-# In the base dependencies, but slow to import, and most runs never need them. (The report and the command line print with
-# rich.)
+# In the base dependencies, but slow to import, and most runs never need them; the report and the command line print
+# with rich.
 LAZY = {"matplotlib", "rich"}
 TRAINER = {"trainer", "pl_module", "lightning_module", "datamodule", "strategy", "owner", "automatic_optimization"}
 
