@@ -120,7 +120,7 @@ def _rounding(step: int, device: torch.device) -> Tensor:
     position = torch.arange(BLOCK, dtype=torch.float64)
     # multiples of two irrational numbers: evenly spread over [0, 1), along the block and along the steps
     fraction = (position * 0.6180339887498949 + step * 0.4142135623730951) % 1.0
-    return (fraction * 2**_SHIFT).to(torch.int32).to(device)
+    return (fraction * float(2**_SHIFT)).to(device, torch.int32)
 
 
 @functools.lru_cache(maxsize=8)
