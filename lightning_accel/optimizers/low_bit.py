@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
 from lightning_accel.errors import NoEffectWarning, check_choice, check_int, check_patterns, matches_any, require
@@ -123,7 +123,7 @@ class LowBitOptimizer(OptimizerTransform):
                 raise ValueError(
                     f"Expected each of `keep_32bit` to match a parameter, but {pattern.pattern!r} matches none of them."
                 )
-        if isinstance(optimizer, Optimizer) and type(optimizer).__module__.startswith("bitsandbytes."):
+        if type(optimizer).__module__.startswith("bitsandbytes."):
             self.warn_no_effect(f"{type(optimizer).__name__} is an optimizer of bitsandbytes itself.")
             return optimizer
         if reason := refusal(optimizer):
