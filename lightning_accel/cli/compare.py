@@ -10,7 +10,6 @@ import json
 import re
 import shlex
 import signal
-import sys
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,7 +20,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lightning_accel.cli.recipes import recipe_path
-from lightning_accel.cli.runner import Job, execute
+from lightning_accel.cli.runner import Job, execute, warm_up
 from lightning_accel.cli.terminal import make_console
 from lightning_accel.cli.usage import UsageError, suggest
 from lightning_accel.report.receipt import Receipt, choose_metric, make_receipt
@@ -32,6 +31,7 @@ from lightning_accel.report.text import format_number, render_terminal
 
 __all__ = ["parse_seeds", "parse_target", "run_compare", "run_order"]
 
+_DIRECTIONS: dict[str, Direction] = {"min": "lower", "max": "higher"}
 _EPILOG = """\
 The accelerated side is the plain one with every --with file read after the --config files, as if they were more
 --config arguments of `lightning-accel fit`: a later file wins, and `callbacks+:` appends. So --with can be a whole
@@ -61,7 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--target",
         metavar="NAME=VALUE",
-        help="time how long it takes to reach this, as in val_acc=0.9 (default: what the weaker side reaches on average)",
+        help="the value whose reaching is timed, as in val_acc=0.9 (default: what the weaker side reaches on average)",
     )
     add("--out", metavar="OUT", help="folder of the results (default: a new one in receipts/)")
     return parser
@@ -140,7 +140,7 @@ class Comparison:
         self.command, self.console = command, console
         self.seeds = parse_seeds(options.seeds)
         self.metric: str = options.metric
-        self.better: Direction | None = {"min": "lower", "max": "higher", None: None}[options.mode]  # type: ignore[assignment]
+        self.better: Direction | None = _DIRECTIONS.get(options.mode)
         self.target: float | None = None
         if options.target:
             name, self.target, direction = parse_target(options.target)
@@ -163,7 +163,7 @@ class Comparison:
         }
         added = [*options.overlays, *(f"recipe {name}" for name in options.recipe)]
         base = " + ".join([*options.config, *([shlex.join(extra)] if extra else [])])
-        self.sides = {PLAIN: base, ACCELERATED: " + ".join([base, *added])}
+        self.sides: dict[str, str] = {PLAIN: base, ACCELERATED: " + ".join([base, *added])}
         self.out = Path(options.out or f"receipts/{datetime.now():%Y%m%d-%H%M%S}").absolute()
         self.runs: dict[tuple[Side, int], Run] = {}
 
@@ -227,14 +227,19 @@ class Comparison:
         for run in self.runs.values():
             self._check_metric(run)
         with _progress(self.console) as bar:
-            task = bar.add_task("", total=len(order))
+            task = bar.add_task("getting ready", total=len(order))
+            if not self.runs:
+                warm_up()
             for done, (side, seed) in enumerate(order):
                 if (side, seed) in self.runs:
                     bar.update(task, completed=done + 1)
                     continue
                 bar.update(task, completed=done, description=f"run {done + 1} of {len(order)}: {side}, seed {seed}")
-                job = Job(side, seed, self.args[side], self.out / "runs")
-                run = execute(job, lambda fraction, done=done: bar.update(task, completed=done + 0.99 * fraction))
+
+                def advance(fraction: float, done: int = done) -> None:
+                    bar.update(task, completed=done + 0.99 * fraction)
+
+                run = execute(Job(side, seed, self.args[side], self.out / "runs"), advance)
                 self.runs[side, seed] = run
                 write_run(self.out / "runs", run)
                 if run.status == "failed":

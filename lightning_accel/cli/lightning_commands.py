@@ -1,4 +1,4 @@
-"""``lightning-accel fit``, ``validate``, ``test`` and ``predict``: LightningCLI with our classes by their short names."""
+"""``fit``, ``validate``, ``test`` and ``predict``: LightningCLI, where this package's classes have short names."""
 
 from __future__ import annotations
 

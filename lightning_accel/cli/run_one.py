@@ -18,7 +18,7 @@ from lightning_accel.report.meters import Meter
 from lightning_accel.report.record import Run
 from lightning_accel.report.sizes import describe_environment
 
-__all__ = ["MeteredCLI", "main", "source_digests"]
+__all__ = ["MeteredCLI", "describe_data", "main", "source_digests"]
 
 
 class MeteredCLI(AccelCLI):
@@ -54,6 +54,14 @@ def source_digests(folder: Path) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
+def describe_data(datamodule: object) -> str:
+    """Return what a data module says of itself, on one short line; the empty string where there is none."""
+    text = ""
+    with contextlib.suppress(Exception):  # somebody else's __str__ is no reason to lose a run
+        text = "" if datamodule is None else " ".join(str(datamodule).split())
+    return text if len(text) <= 200 else text[:199] + "…"
+
+
 def _write(path: Path, text: str) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
@@ -73,7 +81,7 @@ def main() -> None:
     cli = MeteredCLI(job["args"], meter, trainer_defaults={"default_root_dir": job["root"]})
     if cli.trainer.is_global_zero:
         measured = {**meter.measured, "environment": describe_environment(), "sources": source_digests(Path.cwd())}
-        run = Run(job["side"], job["seed"], "finished", **measured)
+        run = Run(job["side"], job["seed"], "finished", data=describe_data(cli.datamodule), **measured)
         _write(result, json.dumps(run.to_dict(), allow_nan=False))
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from lightning_accel.report.record import Run, Side
 from lightning_accel.report.store import StorageError
 
-__all__ = ["Job", "execute", "log_tail"]
+__all__ = ["Job", "execute", "log_tail", "warm_up"]
 
 _POLL = 0.1
 _PATIENCE = 5.0  # seconds between asking a process to stop and killing it
@@ -80,7 +80,13 @@ def execute(job: Job, on_progress: Callable[[float], None]) -> Run:
             began = time.perf_counter()
             command = [sys.executable, "-m", "lightning_accel.cli.run_one", str(files["job.json"])]
             # A session of its own: Ctrl-C reaches this process alone, which then stops the run and all it started.
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={"COLUMNS": "120", **os.environ},
+            )
             try:
                 while (status := process.poll()) is None:
                     time.sleep(_POLL)
@@ -94,6 +100,16 @@ def execute(job: Job, on_progress: Callable[[float], None]) -> Run:
             return replace(run, seconds_process=seconds)
     reason = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
     return Run(job.side, job.seed, "failed", error=f"{log_tail(job.log)}\n({reason}; the whole log is {job.log})")
+
+
+def warm_up() -> None:
+    """Import once what every run imports, so that the first run does not pay alone for reading it from the disk."""
+    command = [sys.executable, "-c", "import lightning_accel.cli.run_one"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        process.wait()
+    finally:
+        _stop(process)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

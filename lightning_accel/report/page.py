@@ -69,6 +69,8 @@ def render_html(receipt: Receipt) -> str:
     """Return the receipt as one self-contained HTML page."""
     seeds = max(len(receipt.finished(side)) for side in SIDES)
     facts = [(side, what) for side, what in receipt.sides.items() if what]
+    if receipt.data:
+        facts.append(("data", receipt.data))
     if receipt.metric:
         facts.append(("metric", f"{receipt.metric}, {receipt.better} is better"))
     if receipt.target is not None:

@@ -110,6 +110,11 @@ class Receipt:
         """The environment of the first finished run."""
         return next((run.environment for run in self.runs if run.status == "finished"), {})
 
+    @property
+    def data(self) -> str:
+        """What the data modules of the finished runs say of themselves."""
+        return "; ".join(dict.fromkeys(run.data for run in self.runs if run.data))
+
     def finished(self, side: Side) -> list[Run]:
         """The finished runs of one side, by seed."""
         chosen = [run for run in self.runs if run.side == side and run.status == "finished"]

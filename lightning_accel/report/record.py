@@ -57,6 +57,7 @@ class Run:
         model_bytes: Bytes of the module's saved ``state_dict``.
         model_bytes_compressed: The same after zlib, where zeroed weights cost next to nothing.
         environment: Versions, hardware and settings the run was made with.
+        data: What the data module says of itself (its ``str``).
         sources: Digest of each source file of the user's that took part, by path.
         error: The end of the run's log, for a failed run.
     """
@@ -78,6 +79,7 @@ class Run:
     model_bytes: int = 0
     model_bytes_compressed: int = 0
     environment: dict[str, str] = field(default_factory=dict)
+    data: str = ""
     sources: dict[str, str] = field(default_factory=dict)
     error: str = ""
 

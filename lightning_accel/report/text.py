@@ -93,6 +93,8 @@ def render_terminal(receipt: Receipt) -> Group:
         table.add_row(Text(row.label), *(Text(cell) for cell in _cells(row)), word)
     lines = [Text(f"* {row.label}: {row.note}.", style="yellow") for row in receipt.rows if row.note]
     lines += [Text.from_markup(f"[yellow]Note:[/] {escape(note)}") for note in receipt.notes]
+    if receipt.data:
+        lines.insert(0, Text(f"Data: {receipt.data}"))
     return Group(table, *lines, Text(LEGEND, style="dim"))
 
 
@@ -103,6 +105,7 @@ def render_markdown(receipt: Receipt) -> str:
         "# Receipt",
         "",
         *(f"- **{side}**: {what}" for side, what in receipt.sides.items() if what),
+        *([f"- **data**: {receipt.data}"] if receipt.data else []),
         f"- **repeat**: `{receipt.command}`",
         f"- **made**: {receipt.created}",
         "",
