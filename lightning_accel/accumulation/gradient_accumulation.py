@@ -7,6 +7,7 @@ Decay the Learning Rate, Increase the Batch Size" (Smith et al. 2018, https://ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from lightning_accel.errors import check_int
@@ -89,3 +90,11 @@ class GradientAccumulation(AccumulationWindow):
     def next_factor(self, now: Moment) -> int:
         """The factor of a window that starts at ``now``."""
         return factor_at(self._factors, now)
+
+    def count_steps(self, batches: int, epochs: int, max_steps: int = -1) -> int:
+        """The optimizer steps of a whole fit; at once for a factor that never changes."""
+        (start, factor), *changes = self._factors
+        if changes or start.value > 0:
+            return super().count_steps(batches, epochs, max_steps)
+        steps = math.ceil(batches / factor) * epochs
+        return steps if max_steps == -1 else min(steps, max_steps)

@@ -42,8 +42,7 @@ class BatchTransform(AccelCallback):
 
     Args:
         seed: Seed of its random draws; ``None`` takes the seed of the run (``seed_everything``, else a random one),
-            which
-            then travels in the checkpoint.
+            which then travels in the checkpoint.
         **arguments: As for ``AccelCallback``.
     """
 
@@ -80,7 +79,7 @@ class BatchTransform(AccelCallback):
 
         def after_transfer(original: Any, batch: Any, dataloader_idx: int) -> Any:
             batch = original(batch, dataloader_idx)
-            if not trainer.training:
+            if batch is None or not trainer.training:  # Lightning skips the step of a batch that is None
                 return batch
             run_seed = self._run_seed if self._restored_seed is None else self._restored_seed
             assert run_seed is not None

@@ -81,6 +81,9 @@ class Patched:
 
     def __init__(self, original: Callable[..., Any], call: Callable[..., Any]) -> None:
         functools.update_wrapper(self, original)
+        # Lightning unwraps once to read a signature or to see whether a hook is overridden: give it what it would have
+        # seen, also where the original is itself such a wrapper or a decorated method
+        self.__wrapped__ = getattr(original, "__wrapped__", original)
         self.original = original
         self.call = call
 

@@ -59,8 +59,8 @@ def _carry_step_counter(old: Optimizer, new: Optimizer, scheduler: Any) -> None:
     A scheduler wraps ``optimizer.step`` when it is made, to tell a user who steps it first. Its wrapper stays on the
     old object; without it on the new one the scheduler would warn in every run.
     """
-    if not hasattr(getattr(new, "step", None), "_wrapped_by_lr_sched") and hasattr(scheduler, "step"):
-        step = type(new).step.__get__(new)
+    if not hasattr(new.step, "_wrapped_by_lr_sched") and hasattr(scheduler, "step"):
+        step = new.step
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             new._opt_called = True  # type: ignore[attr-defined]
@@ -68,6 +68,15 @@ def _carry_step_counter(old: Optimizer, new: Optimizer, scheduler: Any) -> None:
 
         counted._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
         new.step = counted  # type: ignore[method-assign]
+
+
+def _carry_group_options(old: Optimizer, new: Optimizer) -> None:
+    """Give the new groups what schedulers keep in the old ones: ``initial_lr``, OneCycleLR's ``max_lr``, ..."""
+    group_of = {id(parameter): group for group in old.param_groups for parameter in group["params"]}
+    for group in new.param_groups:
+        source = next((group_of[id(parameter)] for parameter in group["params"] if id(parameter) in group_of), {})
+        for key, value in source.items():
+            group.setdefault(key, value)
 
 
 def find_optimizers(configured: Any) -> list[Optimizer]:
@@ -113,5 +122,9 @@ class OptimizerTransform(AccelCallback):
         names = parameter_names(pl_module)
         old = find_optimizers(configured)
         new = [self.transform_optimizer(optimizer, names) for optimizer in old]
-        replacements = {id(a): b for a, b in zip(old, new, strict=True) if a is not b}
+        replacements = {}
+        for before, after in zip(old, new, strict=True):
+            if after is not before:
+                _carry_group_options(before, after)
+                replacements[id(before)] = after
         return replace_optimizers(configured, replacements) if replacements else configured

@@ -52,7 +52,7 @@ def check_conflicts(callbacks: Sequence[AccelCallback], trainer: Trainer, pl_mod
             raise MisconfigurationException(
                 f"{name} can't work with manual optimization: {contract.manual_optimization}"
             )
-        if contract.once and sum(type(other) is type(callback) for other in callbacks) > 1:
+        if contract.once and any(other is not callback and isinstance(other, type(callback)) for other in callbacks):
             raise MisconfigurationException(f"{name} is in the Trainer's callbacks twice: remove one.")
         others: list[object] = [
             trainer.strategy,

@@ -33,12 +33,17 @@ class AccumulationWindow(AccelCallback):
         super().__init__(**arguments)
         self._start = 0  # micro-batches of this epoch that came before the window
         self._length = 1  # micro-batches that the window is meant to take
+        self._seen: int | None = None  # the last micro-batch's number in this epoch, from 1; None before the first one
         self._restored = False
         self._estimate: tuple[tuple[float, int | None, int], int] | None = None
 
     def next_factor(self, now: Moment) -> int:
         """The number of micro-batches of a window that starts at ``now``; a pure function of it."""
         raise NotImplementedError
+
+    def count_steps(self, batches: int, epochs: int, max_steps: int = -1) -> int:
+        """The optimizer steps of a whole fit; see the function :func:`count_steps`."""
+        return count_steps(self.next_factor, batches, epochs, max_steps)
 
     def install(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the Trainer's own counting of windows."""
@@ -47,7 +52,10 @@ class AccumulationWindow(AccelCallback):
                 f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}) and {type(self).__name__} both "
                 "set how many batches make an optimizer step: remove `accumulate_grad_batches` from the Trainer."
             )
-        self._start, self._length, self._restored, self._estimate = 0, 1, False, None
+        self._start, self._length, self._seen, self._restored, self._estimate = 0, 1, None, False, None
+        if self.is_neutral:
+            return
+        pl_module.zero_grad()  # left by another fit, they would pass for the partial gradients of a resumed window
         loop = trainer.fit_loop.epoch_loop
         self.on_undo(lambda: setattr(trainer, "accumulate_grad_batches", 1))
         self.patch(loop, "_accumulated_batches_reached", lambda _: self._position(trainer) >= self._length)
@@ -56,13 +64,21 @@ class AccumulationWindow(AccelCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the factor of the window that a checkpoint was taken in; such a resume announces no epoch start."""
-        trainer.accumulate_grad_batches = self._length
+        if not self.is_neutral:
+            trainer.accumulate_grad_batches = self._length
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start a window where the previous one is complete."""
-        position = self._position(trainer)  # counts this micro-batch
-        if self._ready(trainer) == 1 or position > self._length or position < 1:
-            self._start = self._ready(trainer) - 1
+        if self.is_neutral:
+            return
+        ready = self._ready(trainer)  # counts this micro-batch
+        new_epoch = ready == 1 or (self._seen is not None and ready <= self._seen)
+        if self._seen is not None and not new_epoch:
+            self._start += ready - self._seen - 1  # batches that were None got no backward: they take no place
+        self._seen = ready
+        position = self._position(trainer)
+        if new_epoch or not 1 <= position <= self._length:
+            self._start = ready - 1
             factor = check_int("next_factor(...)", self.next_factor(moment(trainer)), minimum=1)
             remaining = trainer.num_training_batches - self._start
             self._length = int(min(factor, remaining)) if math.isfinite(remaining) else factor
@@ -100,8 +116,9 @@ class AccumulationWindow(AccelCallback):
         return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
 
     def _position(self, trainer: Trainer) -> int:
-        """The present micro-batch's place in the window, from 1."""
-        return self._ready(trainer) - self._start
+        """The place in the window of the last micro-batch that was not None, from 1."""
+        ready = self._ready(trainer)
+        return (ready if self._seen is None else min(ready, self._seen)) - self._start
 
     def _make_zero_grad_fn_for(self, trainer: Trainer) -> Any:
         def make(original: Any, batch_idx: int, optimizer: Optimizer) -> Any:
@@ -130,8 +147,7 @@ class AccumulationWindow(AccelCallback):
                 return plain  # type: ignore[no-any-return]
             key = (batches, epochs, trainer.max_steps)
             if window._estimate is None or window._estimate[0] != key:
-                steps = count_steps(window.next_factor, int(batches), epochs, trainer.max_steps)
-                window._estimate = (key, steps)
+                window._estimate = (key, window.count_steps(int(batches), epochs, trainer.max_steps))
             return window._estimate[1]
 
         trainer.__class__ = type(
