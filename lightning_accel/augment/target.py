@@ -90,7 +90,8 @@ class MixedTarget(torch.Tensor):
                 target.usage.mixed_by = name
                 return _soft_one_hot(target, *rest, **options)
             if _edits(name):
-                raise TypeError(
+                # no TypeError: `y += 1` would turn that into `y = y + 1`
+                raise RuntimeError(
                     f"Expected mixed targets to be left as they are, but `{name}` edits them in place: edit the labels "
                     "before the batch is augmented, in the dataset or in `on_after_batch_transfer`."
                 )
@@ -155,7 +156,7 @@ _LAYOUTS = frozenset(
 def _edits(name: str) -> bool:
     """Whether a function of this name changes a tensor's values in place."""
     if name.endswith("__"):
-        return name in ("__setitem__", "__iadd__", "__isub__", "__imul__", "__iand__", "__ior__")
+        return name in ("__setitem__", "__iand__", "__ior__", "__ixor__")
     return name.endswith("_") and name not in ("requires_grad_", "detach_", "share_memory_")
 
 
