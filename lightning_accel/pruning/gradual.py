@@ -126,6 +126,7 @@ class GradualPruning(AccelCallback):
         self._masks: list[Tensor] = []
         self._num_pruned = 0
         self._last_update: float | None = None  # in the unit of `every`
+        self._seen_step: int | None = None  # the optimizer steps done when the schedule was last looked at
         self._done = False
         self._restored: dict[str, Any] | None = None
 
@@ -161,7 +162,7 @@ class GradualPruning(AccelCallback):
             handle = optimizer.register_step_post_hook(self._mask_weights)
             self.on_undo(handle.remove)
         # a checkpoint may have been saved after the last step but before this callback acted on it
-        self._advance(trainer)
+        self._advance_after_step(trainer)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -175,13 +176,13 @@ class GradualPruning(AccelCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Prune more where it is due."""
-        self._advance(trainer)
+        self._advance_after_step(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what was pruned, and say so where the fit ended too early."""
         if not self._weights:
             return
-        self._advance(trainer)
+        self._advance(trainer)  # a fit that a clock ended is at its end only now
         sparsity = self._num_pruned / max(sum(weight.numel() for weight in self._weights.values()), 1)
         if not self._done:
             rank_zero_warn(
@@ -201,6 +202,7 @@ class GradualPruning(AccelCallback):
             "masks": {name: pack_mask(mask) for name, mask in zip(self._weights, self._masks, strict=False)},
             "names": list(self._weights),
             "last_update": self._last_update,
+            "seen_step": self._seen_step,
             "done": self._done,
         }
 
@@ -221,7 +223,7 @@ class GradualPruning(AccelCallback):
         if state["masks"]:
             self._masks = [unpack_mask(state["masks"][name], like=weight) for name, weight in self._weights.items()]
         self._num_pruned = sum(map(count_pruned, self._masks))
-        self._last_update, self._done = state["last_update"], state["done"]
+        self._last_update, self._seen_step, self._done = state["last_update"], state["seen_step"], state["done"]
         self._restored = None
 
     def _pairs(self, optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, Tensor]]:
@@ -235,6 +237,12 @@ class GradualPruning(AccelCallback):
     def _mask_weights(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         pairs = self._pairs(optimizer)
         apply_masks_([weight for weight, _ in pairs], [mask for _, mask in pairs])
+
+    def _advance_after_step(self, trainer: Trainer) -> None:
+        """Advance if an optimizer step was made since: weights stay as they are within an accumulation window."""
+        if trainer.global_step != self._seen_step:
+            self._seen_step = trainer.global_step
+            self._advance(trainer)
 
     def _advance(self, trainer: Trainer) -> None:
         """Prune more if an update is due now."""

@@ -75,10 +75,10 @@ def select_weights(module: nn.Module, include: Sequence[str] | None = None, excl
     names = [name for uses in owners.values() for name, _ in uses]
     for pattern in included or ():
         if not any(map(pattern.search, names)):
-            shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+            shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else ".")
             raise ValueError(
                 f"Expected every pattern of `include` to match a parameter, but got {pattern.pattern!r}, which matches "
-                f"none of: {shown}."
+                f"none of: {shown}"
             )
     weights: dict[str, nn.Parameter] = {}
     frozen: dict[str, nn.Parameter] = {}
