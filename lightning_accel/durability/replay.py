@@ -198,8 +198,9 @@ def watch(loader: Any, recording: Callable[[], bool] = lambda: True) -> None:
     """
     if is_watched(loader):
         return
+    original: Any = type(loader)
     tracker = loader.__dict__["_accel_tracker"] = _Tracker(loader, recording)
-    loader.__class__ = _watched_class(type(loader))
+    loader.__class__ = _watched_class(original)
     if isinstance(loader._iterator, _BaseDataLoaderIter):  # persistent workers that are running already
         tracker.iterator = weakref.ref(loader._iterator)
         if not isinstance(loader._iterator._index_sampler, _Indices):
@@ -209,7 +210,7 @@ def watch(loader: Any, recording: Callable[[], bool] = lambda: True) -> None:
 
 def unwatch(loader: Any) -> None:
     """Give ``loader`` its own class back."""
-    if isinstance(loader, _Watched):
+    if is_watched(loader):
         tracker: _Tracker = loader.__dict__.pop("_accel_tracker")
         tracker.recording = lambda: False
         loader.__class__ = tracker.original
