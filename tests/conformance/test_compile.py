@@ -1,0 +1,44 @@
+"""A module that went through ``torch.compile`` trains with every method as it does without."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+import torch
+from tests.conformance.toy import Digits, assert_close, run
+from tests.conformance.wrong import wrong
+from tests.methods import METHODS, STACKS, Method
+
+
+@pytest.fixture(autouse=True)
+def forgotten_graphs() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def check_compile(method: Method) -> None:
+    # without torchmetrics, which takes dynamo five times as long as the module itself
+    arguments = {"module": partial(Digits, torchmetric=False), "max_epochs": 2, "limit_val_batches": 0}
+    compiled = run(method.make(), wrap=partial(torch.compile, backend="eager"), **arguments)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
+    eager = run(method.make(), **arguments)
+    assert compiled.trainer.global_step == eager.trainer.global_step
+    assert_close(compiled.weights, eager.weights, 1e-6, "the compiled module")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(method, marks=[] if method is METHODS[0] else pytest.mark.slow) for method in [*METHODS, *STACKS]],
+    ids=lambda m: m.name,
+)
+def test_compile(method: Method) -> None:
+    check_compile(method)
+
+
+def test_a_wrong_method_is_flagged() -> None:
+    with pytest.raises(AssertionError, match="the compiled module"):
+        check_compile(wrong("OnlyUncompiled"))

@@ -1,0 +1,233 @@
+"""Every method once, with a small configuration: the table that the conformance suite runs its checks over.
+
+A method is a list of callbacks, written as a LightningCLI YAML would have them: the same table drives Python and YAML.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import Callback
+
+__all__ = ["METHODS", "STACKS", "Method", "build", "use"]
+
+Spec = dict[str, Any]
+
+
+def use(name: str, **init_args: Any) -> Spec:
+    """A class of the package and its arguments, as in a YAML file; ``name`` may also be a whole dotted path."""
+    path = name if name.startswith("tests.") else f"lightning_accel.{name}"
+    return {"class_path": path, "init_args": init_args} if init_args else {"class_path": path}
+
+
+def build(value: Any) -> Any:
+    """Make the objects that a specification names, those inside its arguments first."""
+    if isinstance(value, Mapping) and "class_path" in value:
+        arguments = {key: build(item) for key, item in value.get("init_args", {}).items()}
+        return find_class(value)(**arguments)
+    if isinstance(value, list):
+        return [build(item) for item in value]
+    return copy.deepcopy(value)
+
+
+def find_class(spec: Spec) -> Any:
+    module, _, name = spec["class_path"].rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row: a configuration, and what each check may expect of it."""
+
+    name: str
+    callbacks: list[Spec]
+    """What is added to the Trainer's callbacks; it must act in the toy run of 27 batches in 3 epochs."""
+    neutral: list[Spec] | None = None
+    """The settings that ask for nothing; a pair of methods has none of its own."""
+    neutral_warning: str = ""
+    """The regular expression of the ``NoEffectWarning`` that they give, where they are not meant to be used so."""
+    silent: str = ""
+    """Why a run with it is bit for bit the plain run; empty where it must differ."""
+    manual: str = ""
+    """The regular expression of its refusal under manual optimization; empty where it works."""
+    accumulation: str = ""
+    """The regular expression of its refusal of ``Trainer(accumulate_grad_batches=2)``; empty where it works."""
+    single: float | None = 1e-6
+    """How far two ranks' weights may be from one rank's at the same global batch; ``None`` where they need not agree."""
+    not_single: str = ""
+    """Why they need not agree."""
+    bad: tuple[tuple[dict[str, Any], type[Exception], str], ...] = ()
+    """Arguments that its class must refuse: the exception, and the name of the argument that it blames."""
+
+    def make(self, *, neutral: bool = False, keys: tuple[str, str] | None = None) -> list[Callback]:
+        """New callbacks; ``keys`` are the batch's input and target key, for those that ask for them."""
+        specs = self.neutral if neutral else self.callbacks
+        assert specs is not None, f"{self.name} has no neutral settings"
+        return [build(with_keys(spec, keys)) for spec in specs]
+
+
+def with_keys(spec: Spec, keys: tuple[str, str] | None) -> Spec:
+    """``spec`` for a batch that is a dictionary with these keys."""
+    if keys is None:
+        return spec
+    known = inspect.signature(find_class(spec)).parameters
+    given = {name: key for name, key in zip(("input_key", "target_key"), keys, strict=True) if name in known}
+    return {**spec, "init_args": {**spec.get("init_args", {}), **given}}
+
+
+MANUAL_ACCUMULATION = "GradientAccumulation can't work with manual optimization.*set `automatic_optimization = True`"
+TRAINER_ACCUMULATION = "remove `accumulate_grad_batches` from the Trainer"
+
+FLIP = use("augment.RandomHorizontalFlip")
+CROP = use("augment.RandomCrop", size=8, padding=1)
+MIX = [use("augment.MixUp", alpha=0.4, per_sample=True), use("augment.CutMix", p=0.5)]
+
+AUGMENTATION = use("BatchAugmentation", transforms=[FLIP, CROP, *MIX])
+SMOOTHING = use("LabelSmoothing", smoothing=0.1)
+LOW_BIT = use("LowBitOptimizer", min_size=256)
+ACCUMULATION = use("GradientAccumulation", factor=2)
+PRUNING = use("GradualPruning", amount=0.8, start="0.1fit", end="0.7fit", every="2step")
+
+METHODS = [
+    Method(
+        "GradientAccumulation",
+        [ACCUMULATION],
+        neutral=[use("GradientAccumulation", factor=1)],
+        manual=MANUAL_ACCUMULATION,
+        accumulation=TRAINER_ACCUMULATION,
+        bad=(
+            ({"factor": 0}, ValueError, "factor"),
+            ({"factor": 2.0}, TypeError, "factor"),
+            ({"factor": True}, TypeError, "factor"),
+            ({"factor": {}}, ValueError, "factor"),
+            ({"factor": {"2 moons": 2}}, ValueError, "factor"),
+            ({"factor": {0: -1}}, ValueError, "factor[0]"),
+        ),
+    ),
+    Method(
+        "GradientAccumulation schedule",
+        [use("GradientAccumulation", factor={0: 2, "0.5fit": 4})],
+        neutral=[use("GradientAccumulation", factor={0: 1, "0.5fit": 1})],
+        manual=MANUAL_ACCUMULATION,
+        accumulation=TRAINER_ACCUMULATION,
+    ),
+    Method(
+        "BatchAugmentation",
+        [AUGMENTATION],
+        neutral=[
+            use(
+                "BatchAugmentation",
+                transforms=[
+                    use("augment.RandomHorizontalFlip", p=0.0),
+                    use("augment.RandomCrop", size=8),
+                    use("augment.MixUp", alpha=0.0),
+                    use("augment.CutMix", p=0.0),
+                ],
+            )
+        ],
+        single=None,
+        not_single="each rank draws for its own samples",
+        bad=(
+            ({"transforms": []}, ValueError, "transforms"),
+            ({"transforms": "MixUp"}, TypeError, "transforms"),
+            ({"transforms": [1]}, TypeError, "transforms"),
+            ({"transforms": [FLIP], "seed": -1}, ValueError, "seed"),
+            ({"transforms": [FLIP], "seed": 0.5}, TypeError, "seed"),
+        ),
+    ),
+    Method(
+        "LabelSmoothing",
+        [SMOOTHING],
+        neutral=[use("LabelSmoothing", smoothing=0.0)],
+        bad=(
+            ({"smoothing": 1.3}, ValueError, "smoothing"),
+            ({"smoothing": -0.1}, ValueError, "smoothing"),
+            ({"smoothing": "much"}, TypeError, "smoothing"),
+        ),
+    ),
+    Method(
+        "LowBitOptimizer",
+        [LOW_BIT],
+        neutral=[use("LowBitOptimizer", min_size=1_000_000)],
+        neutral_warning="LowBitOptimizer has no effect",
+        bad=(
+            ({"bits": 7}, ValueError, "bits"),
+            ({"bits": "8"}, TypeError, "bits"),
+            ({"backend": "cuda"}, ValueError, "backend"),
+            ({"min_size": 0}, ValueError, "min_size"),
+            ({"keep_32bit": "head"}, TypeError, "keep_32bit"),
+            ({"keep_32bit": ["("]}, ValueError, "keep_32bit"),
+            ({"moments": {"exp_avg": "plus"}}, ValueError, "moments['exp_avg']"),
+        ),
+    ),
+    Method(
+        "LowBitOptimizer bitsandbytes",
+        [use("LowBitOptimizer", backend="bitsandbytes", min_size=256)],
+        neutral=[use("LowBitOptimizer", backend="bitsandbytes", min_size=1_000_000)],
+        neutral_warning="LowBitOptimizer has no effect",
+    ),
+    Method(
+        "FusedOptimizer",
+        [use("FusedOptimizer")],
+        neutral=[use("FusedOptimizer", enabled=False)],
+        bad=(({"enabled": 1}, TypeError, "enabled"),),
+    ),
+    Method(
+        "GradualPruning global",
+        [PRUNING],
+        neutral=[use("GradualPruning", amount=0.0)],
+        bad=(
+            ({"amount": 1.3}, ValueError, "amount"),
+            ({"amount": "most"}, TypeError, "amount"),
+            ({"start": "soon"}, ValueError, "start"),
+            ({"start": "0.5fit", "end": "0.4fit"}, ValueError, "end"),
+            ({"every": 0}, ValueError, "every"),
+            ({"schedule": "zigzag"}, ValueError, "schedule"),
+            ({"scope": "planet"}, ValueError, "scope"),
+            ({"include": "head"}, TypeError, "include"),
+            ({"exclude": ["("]}, ValueError, "exclude"),
+        ),
+    ),
+    Method(
+        "GradualPruning layer",
+        [{**PRUNING, "init_args": {**PRUNING["init_args"], "scope": "layer"}}],
+        neutral=[use("GradualPruning", amount=0.0, scope="layer")],
+    ),
+    Method(
+        "ExactResume",
+        [use("ExactResume")],
+        neutral=[use("ExactResume")],
+        silent="it acts when a run is resumed",
+    ),
+]
+
+STACKS = [
+    Method(
+        "LowBitOptimizer + GradientAccumulation",
+        [LOW_BIT, ACCUMULATION],
+        manual=MANUAL_ACCUMULATION,
+        accumulation=TRAINER_ACCUMULATION,
+    ),
+    Method("GradualPruning + LowBitOptimizer", [PRUNING, LOW_BIT]),
+    Method(
+        "BatchAugmentation + LabelSmoothing + GradientAccumulation",
+        [AUGMENTATION, SMOOTHING, ACCUMULATION],
+        manual=MANUAL_ACCUMULATION,
+        accumulation=TRAINER_ACCUMULATION,
+        single=None,
+        not_single="each rank draws for its own samples",
+    ),
+    Method(
+        "everything",
+        [PRUNING, LOW_BIT, use("FusedOptimizer"), ACCUMULATION, SMOOTHING, AUGMENTATION, use("ExactResume")],
+        manual=MANUAL_ACCUMULATION,
+        accumulation=TRAINER_ACCUMULATION,
+        single=None,
+        not_single="each rank draws for its own samples",
+    ),
+]
