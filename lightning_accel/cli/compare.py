@@ -196,7 +196,7 @@ class Comparison:
             found: dict[str, Any] = json.loads(mark.read_text(encoding="utf-8"))
             if found.get("digest") != digest:
                 raise UsageError(
-                    f"{self.out} holds another comparison, or one with other settings or versions: choose another --out."
+                    f"{self.out} holds another comparison, or other settings or versions of it: choose another --out."
                 )
         elif self.out.exists() and any(self.out.iterdir()):
             raise UsageError(f"{self.out} is not empty, and holds no comparison: choose another --out.")

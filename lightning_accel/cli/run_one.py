@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import LightningDataModule
+
 from lightning_accel.cli.lightning_commands import AccelCLI
 from lightning_accel.report.meters import Meter
 from lightning_accel.report.record import Run
@@ -54,11 +56,13 @@ def source_digests(folder: Path) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def describe_data(datamodule: object) -> str:
-    """Return what a data module says of itself, on one short line; the empty string where there is none."""
+def describe_data(datamodule: LightningDataModule | None) -> str:
+    """Return what a data module says of itself, on one short line; the empty string where it says nothing."""
+    if datamodule is None or type(datamodule).__str__ is LightningDataModule.__str__:
+        return ""  # Lightning's own text makes every loader again
     text = ""
     with contextlib.suppress(Exception):  # somebody else's __str__ is no reason to lose a run
-        text = "" if datamodule is None else " ".join(str(datamodule).split())
+        text = " ".join(str(datamodule).split())
     return text if len(text) <= 200 else text[:199] + "…"
 
 

@@ -155,7 +155,7 @@ def _cell(text: str) -> str:
 
 def _scale(value: float, unit: Unit) -> tuple[float, str]:
     scales = _SCALES[unit]
-    return next((scale for scale in scales if abs(value) >= scale[0]), scales[-1 if value else 0])
+    return next((scale for scale in scales if abs(value) >= scale[0]), scales[-1])
 
 
 def _digits(value: float, unit: Unit, size: float) -> str:
