@@ -42,6 +42,8 @@ def use_fused_(optimizer: Optimizer, sparse: Collection[Tensor] = ()) -> list[tu
     changes = [change for change, _ in result]
     if any(changes):
         _apply(optimizer, changes)
+        if "fused" in changes:
+            optimizer.register_step_pre_hook(_align_layouts)
         # A loaded state brings the options of the run that saved it.
         optimizer.register_load_state_dict_post_hook(functools.partial(_apply, changes=changes))
     return result
@@ -80,6 +82,28 @@ def _can_fuse(cls: Any, device: torch.device, dtype: torch.dtype) -> bool:
     except (RuntimeError, NotImplementedError, TypeError, ValueError):
         return False
     return True
+
+
+def _align_layouts(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Give gradients and moments the memory layout of their parameter.
+
+    torch's fused kernels read all of them as one line of memory and are silently wrong where a parameter is channels_last
+    and its loaded moments or its gradient are not. Only images' weights (4 dimensions and more) have such layouts.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.dim() < 4:
+                continue
+            if parameter.grad is not None and _differs(parameter, parameter.grad):
+                parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
+            state = optimizer.state.get(parameter, {})
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape and _differs(parameter, value):
+                    state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def _differs(parameter: Tensor, other: Tensor) -> bool:
+    return not (parameter.is_contiguous() and other.is_contiguous()) and parameter.stride() != other.stride()
 
 
 def _apply(optimizer: Optimizer, changes: Sequence[str]) -> None:

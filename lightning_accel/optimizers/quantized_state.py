@@ -291,7 +291,10 @@ def _decode(optimizer: Optimizer, parameters: list[Tensor]) -> dict[tuple[Tensor
         state = optimizer.state.get(parameter, {})
         for name, moment in quantized_moments(state).items():
             held[parameter, name] = moment
-            state[name] = dequantize_blockwise(**moment)
+            value = dequantize_blockwise(**moment)
+            if value.stride() != parameter.stride():  # loaded into a model with another memory layout
+                value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            state[name] = value
     return held
 
 
