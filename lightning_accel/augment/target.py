@@ -12,6 +12,7 @@ Papers: `mixup <https://arxiv.org/abs/1710.09412>`_ (Zhang et al. 2018), `CutMix
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +46,7 @@ class MixedTarget(torch.Tensor):
 
     - Loss functions of ``torch.nn.functional`` (and the modules that call them) return the mix of the losses.
     - Casts, moves and changes of layout (``long()``, ``to()``, ``view()``, ``y[:8]``, ...) keep the mix.
-    - ``F.one_hot`` gives the soft vector, as floats; under ``torch.no_grad()``, as in every torchmetrics ``Metric``,
+    - ``F.one_hot`` gives the soft vector, as floats; a metric of torchmetrics, and code under ``torch.no_grad()``, gets
       the hard one.
     - Everything else gets the plain hard label and returns plain tensors. Editing the labels in place raises.
     """
@@ -86,7 +87,7 @@ class MixedTarget(torch.Tensor):
             rest, options = _hard(tuple(args[1:])), _hard(kwargs)
             if name in _CASTS or name in _LAYOUTS:
                 return target.map(lambda t: func(t, *rest, **options), spread=name in _LAYOUTS)
-            if name == "one_hot" and torch.is_grad_enabled():
+            if name == "one_hot" and not _asked_by_metric():
                 target.usage.mixed_by = name
                 return _soft_one_hot(target, *rest, **options)
             if _edits(name):
@@ -151,6 +152,17 @@ _LAYOUTS = frozenset(
     )
 )
 # fmt: on
+
+
+def _asked_by_metric() -> bool:
+    """Whether the code that called ``F.one_hot`` measures, and so wants the hard vector."""
+    if not torch.is_grad_enabled():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    # this function, `__torch_function__`, and the caller; `Metric.forward` runs with gradients enabled
+    caller = sys._getframe(2).f_globals.get("__name__", "")
+    return str(caller).partition(".")[0] == "torchmetrics"
 
 
 def _edits(name: str) -> bool:

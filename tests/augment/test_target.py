@@ -200,7 +200,7 @@ def test_shares_of_single_samples_are_reduced_as_asked(ignore_index, weight, lab
     torch.testing.assert_close(F.cross_entropy(x, y, reduction="none", **options), each)
     torch.testing.assert_close(F.cross_entropy(x, y, reduction="sum", **options), each.sum())
     # OTHERS is a permutation: both labels of the mix have the same classes, so the mean has the plain loss's divisor
-    divisor = (torch.ones(5) if weight is None else weight)[A][A != ignore_index].sum()
+    divisor = (torch.ones(5) if weight is None else weight)[A][A.ne(ignore_index)].sum()
     torch.testing.assert_close(F.cross_entropy(x, y, **options), each.sum() / divisor)
     equal = mix_targets(A, OTHERS, LAM.expand(6))
     torch.testing.assert_close(
@@ -431,8 +431,7 @@ def module_step(net: Net, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("step", [functional_step, module_step])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize(("smoothing", "each"), [(0.0, False), (0.1, True)])
 def test_compiled_steps_see_the_mix(backend: str, step, smoothing: float, each: bool) -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
