@@ -38,6 +38,8 @@ try:
 except ImportError:  # Python 3.10
     tomllib = None  # type: ignore[assignment]
 
+# Left out of `make quick`: it compares four runs, each in a process of its own.
+SLOW = {"docs/guides/first_receipt.md"}
 PAGES = [path.relative_to(REPO).as_posix() for path in sorted([*REPO.glob("*.md"), *REPO.glob("docs/**/*.md")])]
 MODULES = [
     path.relative_to(REPO).with_suffix("").as_posix().replace("/", ".")
@@ -199,6 +201,10 @@ def check_config(config: dict[str, Any], *, instantiate: bool) -> None:
     """Parse a configuration as LightningCLI does; build the Trainer and its callbacks if asked to."""
     for name in lightning_accel.__all__:  # as our own command does, so that short class names are known
         getattr(lightning_accel, name)
+    trainer = config.get("trainer") or {}
+    if "callbacks+" in trainer:  # a file that adds to another's list
+        config = {**config, "trainer": {**trainer, "callbacks": trainer["callbacks+"]}}
+        del config["trainer"]["callbacks+"]
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_argument("--seed_everything", type=bool | int)
     parser.add_argument("--ckpt_path", type=str | None)
@@ -293,6 +299,7 @@ def quiet_trainer(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     defaults = {"ACCELERATOR": "cpu", "MAX_EPOCHS": "2", "LOGGER": "False", "ENABLE_PROGRESS_BAR": "False"}
     for name, value in defaults.items():
         monkeypatch.setenv(f"PL_TRAINER_{name}", value)
+    monkeypatch.setattr(sys, "argv", ["page"])
     monkeypatch.syspath_prepend(Path.cwd())
     monkeypatch.setenv("PYTHONPATH", f"{Path.cwd()}:{REPO}")
     before = set(sys.modules)
@@ -305,7 +312,7 @@ def quiet_trainer(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 # Lightning's advice for large runs: workers, log intervals, a validation_step without a loader
 @pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [pytest.param(page, marks=[pytest.mark.slow] * (page in SLOW)) for page in PAGES])
 def test_page(page: str, own_directory: Path, quiet_trainer: None) -> None:
     runner = Page(page)
     # examples/ and benchmarks/ are named from the root of a checkout
