@@ -147,8 +147,8 @@ class AccelCallback(Callback):
         """
         had_own = name in vars(owner)
         original = getattr(owner, name)
-        setattr(owner, name, Patched(original, call))
         self.on_undo(lambda: setattr(owner, name, original) if had_own else delattr(owner, name))
+        setattr(owner, name, Patched(original, call))
 
     def on_undo(self, function: Callable[[], Any]) -> None:
         """Run ``function`` when the fit is over, also by an exception; the last one added runs first."""
