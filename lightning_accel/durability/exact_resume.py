@@ -73,6 +73,11 @@ class ExactResume(AccelCallback):
         self.on_undo(partial(self._leave, trainer, pl_module))
         data.on_loaders_ready(self, trainer, partial(self._loaders_ready, trainer, pl_module))
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget a position whose epoch ended before the loader was asked for another batch."""
+        for loader in self._watched:
+            replay.forget(loader)
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Note whether a window is open, for a checkpoint that is taken inside the next batch."""
         self._window_open = data.window_is_open(trainer)
@@ -102,7 +107,7 @@ class ExactResume(AccelCallback):
             if where in data.EPOCH_BOUNDARY
             else [replay.position(loader, unused) for loader in loaders],
             "generators": [replay.generator_states(loader) for loader in loaders],
-            "stateful": data.loader_states(trainer, own=replay.is_watched),
+            "stateful": [loader.state_dict() for loader in data.stateful_loaders(trainer, own=replay.is_watched)],
             "validation": [
                 {"started": getattr(loader, "_iterator", None) is not None, "states": replay.generator_states(loader)}
                 for loader in data.validation_loaders(trainer)
@@ -144,8 +149,10 @@ class ExactResume(AccelCallback):
         loaders = data.train_loaders(trainer)
         if state is None:
             original()
-        elif where not in data.EPOCH_BOUNDARY:
-            data.load_loader_states(trainer, state["stateful"] or None, at_boundary=False)
+        else:
+            state["stateful"] = state["stateful"] or data.saved_loader_states(trainer)
+            if where not in data.EPOCH_BOUNDARY:
+                _load_stateful(trainer, state["stateful"])
         self._watch(trainer, loaders)
         if state is None:
             return
@@ -178,7 +185,7 @@ class ExactResume(AccelCallback):
         data.set_reload_epochs(trainer, state["reload_epochs"])
         _wake_validation(trainer, state["validation"])
         if state["where"] in data.EPOCH_BOUNDARY:
-            data.load_loader_states(trainer, state["stateful"] or None, at_boundary=True)
+            _load_stateful(trainer, state["stateful"], at_end=True)
         for name, parameter in pl_module.named_parameters():
             if name in state["gradients"]:
                 parameter.grad = state["gradients"][name].to(parameter.device)
@@ -207,6 +214,18 @@ def _of_this_rank(trainer: Trainer, states: list[dict[str, Any]]) -> dict[str, A
         "exception to go on exactly."
     )
     return None
+
+
+def _load_stateful(trainer: Trainer, states: list[Any], *, at_end: bool = False) -> None:
+    loaders = data.stateful_loaders(trainer, own=replay.is_watched)
+    for loader, state in zip(loaders, states, strict=False):
+        loader.load_state_dict(state)
+        if at_end:
+            # The next iterator must begin a new pass, not go on where nothing is left. So the finished pass is taken up
+            # here. A StatefulDataLoader does so for `state_dict` too, and drops a pass that it saw end when iterated.
+            loader.state_dict()
+            if not (isinstance(state, dict) and state.get("_iterator_finished")):
+                iter(loader)
 
 
 def _rewind(loaders: list[Any], positions: list[Any]) -> None:

@@ -27,6 +27,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 from lightning_accel.durability.rng import get_rng_state, set_rng_state
 
 __all__ = [
+    "forget",
     "generator_states",
     "is_watched",
     "position",
@@ -266,6 +267,12 @@ def rewind(loader: DataLoader[Any], state: dict[str, Any]) -> bool:
         replayed=True,
     )
     return True
+
+
+def forget(loader: object) -> None:
+    """Let the next pass over ``loader`` be an ordinary one, whatever :func:`rewind` was told."""
+    if isinstance(loader, _Watched):
+        loader._accel_tracker.pending = None
 
 
 def why_not_exact(loader: object) -> str | None:

@@ -25,8 +25,6 @@ __all__ = [
     "callback_metrics",
     "go_on_from",
     "is_stateful",
-    "load_loader_states",
-    "loader_states",
     "on_fit_goes_on",
     "on_loaders_ready",
     "on_validation_loaders_ready",
@@ -35,7 +33,9 @@ __all__ = [
     "set_reload_epochs",
     "set_sampler_epochs",
     "set_saved_loader_states",
+    "saved_loader_states",
     "settle",
+    "stateful_loaders",
     "train_loaders",
     "validation_loaders",
     "window_is_open",
@@ -171,9 +171,9 @@ def is_stateful(loader: object) -> bool:
     return isinstance(loader, _Stateful)
 
 
-def loader_states(trainer: Trainer, own: Callable[[object], bool]) -> list[Any]:
-    """The states of the stateful training loaders, but for those that are our ``own``."""
-    return [loader.state_dict() for loader in train_loaders(trainer) if is_stateful(loader) and not own(loader)]
+def stateful_loaders(trainer: Trainer, own: Callable[[object], bool]) -> list[Any]:
+    """The training loaders that keep their own state, but for those that only seem to because they are our ``own``."""
+    return [loader for loader in train_loaders(trainer) if is_stateful(loader) and not own(loader)]
 
 
 def set_saved_loader_states(checkpoint: dict[str, Any], states: list[Any]) -> None:
@@ -184,23 +184,11 @@ def set_saved_loader_states(checkpoint: dict[str, Any], states: list[Any]) -> No
         fit_loop["combined_loader"] = states
 
 
-def load_loader_states(trainer: Trainer, states: list[Any] | None, *, at_boundary: bool) -> None:
-    """Load the states of the stateful training loaders.
-
-    Args:
-        trainer: The Trainer.
-        states: One for each stateful loader; None for those that the checkpoint has for rank 0.
-        at_boundary: Whether they are of the end of a pass. A new pass must then be able to begin, so the loader is made
-            to take its state in at once.
-    """
-    fit = trainer.fit_loop
-    states = fit._combined_loader_states_to_load if states is None else states
-    fit._combined_loader_states_to_load = []
-    if fit._combined_loader is None or not states:
-        return
-    fit._combined_loader._load_state_dicts(states)
-    if at_boundary:
-        fit._combined_loader._state_dicts()
+def saved_loader_states(trainer: Trainer) -> list[Any]:
+    """Take over from Lightning the states of the training loaders that a checkpoint has: those of rank 0."""
+    states = trainer.fit_loop._combined_loader_states_to_load
+    trainer.fit_loop._combined_loader_states_to_load = []
+    return states
 
 
 def on_loaders_ready(callback: AccelCallback, trainer: Trainer, call: Callable[[Callable[[], None]], None]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+
+from lightning_accel import ExactResume
 
 SAMPLES = 22
 BATCH = 4  # six batches an epoch, the last of two samples
@@ -75,9 +76,7 @@ class Net(LightningModule):
 
 
 class SaveEverywhere(Callback):
-    """Saves a checkpoint in each of the named hooks, each time it is called in the fit."""
-
-    HOOKS = ("on_train_start", "on_train_epoch_start", "on_train_batch_end", "on_validation_end", "on_train_epoch_end")
+    """Saves a checkpoint each time that one of these hooks is called in the fit."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -178,27 +177,24 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
     return [] if a == b or callable(a) else [f"{path}: {a} and {b}"]
 
 
-def check_every_checkpoint(folder: Path, data: Callable[[], Any], every: int = 1, **options: Any) -> int:
-    """Fit once without and once with ExactResume, saving everywhere; resume from every checkpoint; compare all.
-
-    Returns:
-        How many checkpoints were resumed from.
-    """
-    from lightning_accel import ExactResume
-
-    trainer, module = fit([], data, **options)
+def check_every_checkpoint(
+    folder: Path,
+    data: Callable[[], Any],
+    every: int = 1,
+    others: Callable[[], list[Callback]] = list,
+    **options: Any,
+) -> None:
+    """Fit once without and once with ExactResume, saving everywhere; resume from every checkpoint; compare all."""
+    trainer, module = fit(others(), data, **options)
     plain = outcome(trainer, module)
     save = SaveEverywhere(folder)
-    trainer, saving_module = fit([ExactResume(), save], data, **options)
+    trainer, saving_module = fit([*others(), ExactResume(), save], data, **options)
     assert differences(plain, outcome(trainer, saving_module)) == [], "the run is not the plain run"
     assert saving_module.seen == module.seen
     for path in save.paths[::every]:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*max_(steps|epochs)")
-            trainer, resumed = fit([ExactResume()], data, resume=path, **options)
+        trainer, resumed = fit([*others(), ExactResume()], data, resume=path, **options)
         found = outcome(trainer, resumed)
         if trainer.global_step == torch.load(path, weights_only=True)["global_step"]:  # nothing was left to train
             found |= {name: plain[name] for name in ("epoch", "random")}
         assert differences(plain, found) == [], path.name
         assert resumed.seen == module.seen[len(module.seen) - len(resumed.seen) :], path.name
-    return len(save.paths[::every])
