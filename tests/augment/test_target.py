@@ -313,7 +313,13 @@ orders = st.permutations(range(6)).map(torch.tensor)
 
 
 @settings(deadline=None, max_examples=60)
-@given(first=shares, second=st.lists(shares, min_size=6, max_size=6), order=orders, again=orders, smoothing=shares)
+@given(
+    first=shares | st.lists(shares, min_size=6, max_size=6),
+    second=st.lists(shares, min_size=6, max_size=6),
+    order=orders,
+    again=orders,
+    smoothing=shares,
+)
 def test_mixing_twice_is_mixing_the_soft_vectors_twice(first, second, order, again, smoothing) -> None:
     lam, each = torch.tensor(first), torch.tensor(second)
     once = soft(A, A[order], lam)
