@@ -31,6 +31,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_accel
+import lightning_accel.augment
 from tests.conftest import REPO
 
 try:
@@ -374,3 +375,11 @@ def test_blocks_are_read_with_their_places() -> None:
     first, second = read_blocks("page.md", text)
     assert (first.line, first.title, first.not_run, first.code) == (5, "a.py", "it takes an hour", "x = 1\n")
     assert (second.line, second.language, second.not_run, second.code) == (11, "bash", None, "make test\n")
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    page = (REPO / "docs/api.md").read_text()
+    elsewhere = {"Duration"}  # with the schedules
+    assert {name for name in lightning_accel.__all__ if f"::: lightning_accel.{name}\n" not in page} == elsewhere
+    names = set(lightning_accel.augment.__all__) - set(lightning_accel.__all__)
+    assert {name for name in names if not re.search(rf"\b{name}\b", page)} == set()
