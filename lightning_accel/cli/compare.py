@@ -91,7 +91,7 @@ def parse_target(text: str) -> tuple[str, float, Direction | None]:
     Raises:
         UsageError: If it is not of that form.
     """
-    found = re.fullmatch(r"\s*(.+?)\s*(>=|<=|=)\s*([^=]+?)\s*", text)
+    found = re.fullmatch(r"\s*([^=<>]+?)\s*(>=|<=|=)\s*([^=]+)", text)
     with contextlib.suppress(ValueError):
         if found:
             direction: dict[str, Direction] = {">=": "higher", "<=": "lower"}

@@ -7,14 +7,16 @@ import sys
 import warnings
 from typing import Any
 
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info
 
 import lightning_accel
 import lightning_accel.augment
 from lightning_accel.cli.recipes import split_recipes
 from lightning_accel.cli.usage import UsageError
 
-__all__ = ["AccelCLI", "run_lightning"]
+__all__ = ["AccelCLI", "KeepConfig", "run_lightning"]
 
 
 class AccelCLI(LightningCLI):
@@ -36,6 +38,21 @@ class AccelCLI(LightningCLI):
         super().__init__(args=args, **kwargs)
 
 
+class KeepConfig(SaveConfigCallback):
+    """Saves the configuration beside the logs as LightningCLI does, but leaves a file that is there and goes on.
+
+    LightningCLI aborts then, which without a logger is every second run in a folder.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save the configuration unless the file is there."""
+        path = os.path.join(trainer.log_dir or "", self.config_filename)
+        if trainer.strategy.broadcast(os.path.isfile(path)) and not self.already_saved:
+            rank_zero_info(f"{path} is there already, so the configuration of this run is not saved.")
+            self.already_saved = True
+        super().setup(trainer, pl_module, stage)
+
+
 def run_lightning(command: str, args: list[str]) -> int:
     """Run one of LightningCLI's subcommands; return the exit status.
 
@@ -45,5 +62,7 @@ def run_lightning(command: str, args: list[str]) -> int:
     rest, recipes = split_recipes(args)
     if recipes and command != "fit":
         raise UsageError(f"A recipe changes training, so --recipe goes with fit and compare, not with {command}.")
-    AccelCLI([command, *rest, *(part for path in recipes for part in ("--config", path))])
+    AccelCLI(
+        [command, *rest, *(part for path in recipes for part in ("--config", path))], save_config_callback=KeepConfig
+    )
     return 0

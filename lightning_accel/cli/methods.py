@@ -59,16 +59,15 @@ def run_methods(args: list[str]) -> int:
     from lightning_accel.cli.terminal import make_console
 
     table = Table(show_lines=True, header_style="bold")
-    for title in ("Method", "What it does", "Touches", "Acts", "Expected", "Read on"):
-        table.add_column(title, overflow="fold", no_wrap=title == "Method")
+    for title in ("Method, and where to read on", "What it does", "Touches", "Acts", "Expected to change"):
+        table.add_column(title, no_wrap=title.startswith("Method"))
     for method in methods:
         table.add_row(
-            method["name"],
+            f"[bold]{method['name']}[/]\n{method['docs']}",
             method["purpose"],
             ", ".join(method["touches"]),
             method["acts"],
             method["expects"],
-            method["docs"],
         )
     make_console().print(table)
     return 0
