@@ -30,6 +30,7 @@ data: {class_path: tests.cli.tiny.TinyData}
 def config(own_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # so that what a fit leaves there is taken back
     monkeypatch.setenv("PL_SEED_WORKERS", "0")
+    monkeypatch.setenv("COLUMNS", "140")
     path = own_directory / "config.yaml"
     path.write_text(CONFIG)
     return path
@@ -50,6 +51,16 @@ def test_recipes_append_to_the_users_callbacks(capsys: pytest.CaptureFixture[str
 def test_fit_with_short_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--config", "config.yaml"]) == 0
     assert "GradientAccumulation" in capsys.readouterr().out  # the printed plan
+
+
+def test_configuration_is_saved_and_never_overwritten(own_directory: Path) -> None:
+    saved = own_directory / "logs/config.yaml"
+    for seed in (3, 4):
+        argv = ["fit", "--config", "config.yaml", "--trainer.default_root_dir=logs", f"--seed_everything={seed}"]
+        assert main(argv) == 0
+        assert yaml.safe_load(saved.read_text())["seed_everything"] == 3
+    assert main(["fit", "--config", "config.yaml"]) == 0
+    assert (own_directory / "config.yaml").read_text() == CONFIG
 
 
 def test_modules_of_the_working_directory_are_found(own_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
