@@ -35,10 +35,7 @@ def moment(trainer: Trainer) -> Moment:
     A collective operation where the fit is limited by ``max_time`` and has several ranks: all of them must call it, and
     all get rank 0's clock.
     """
-    epochs, in_epoch = _epochs_done(trainer)
-    batches = _batches_per_epoch(trainer)
-    if in_epoch and batches is not None:
-        epochs += _progress(trainer, "batch").processed / batches
+    epochs = _epochs_done(trainer)
     fractions = []
     if trainer.max_steps > 0:
         fractions.append(trainer.global_step / trainer.max_steps)
@@ -53,19 +50,27 @@ def moment(trainer: Trainer) -> Moment:
 def fit_length(trainer: Trainer) -> FitLength:
     """How long the fit will be, in each unit; ``None`` where that is unknown (no limit, a loader without length)."""
     epochs = float(trainer.max_epochs) if trainer.max_epochs is not None and trainer.max_epochs > 0 else None
-    per_epoch = _batches_per_epoch(trainer)
-    batches = epochs * per_epoch if epochs is not None and per_epoch is not None else None
     steps: float | None = None
     if epochs is not None or trainer.max_steps > 0:
-        estimate = float(trainer.estimated_stepping_batches)
+        estimate = float(trainer.estimated_stepping_batches)  # makes the train loader, where it is not made yet
         steps = estimate if math.isfinite(estimate) and estimate > 0 else None
+    per_epoch = _batches_per_epoch(trainer)
+    batches = epochs * per_epoch if epochs is not None and per_epoch is not None else None
     return FitLength(steps=steps, batches=batches, epochs=epochs)
 
 
-def _epochs_done(trainer: Trainer) -> tuple[float, bool]:
-    """Whole epochs done, and whether one is running (its batch counter is stale between two epochs)."""
-    progress = _progress(trainer, "epoch")
-    return float(progress.processed), progress.started > progress.processed
+def _epochs_done(trainer: Trainer) -> float:
+    """Epochs done, with the fraction of a running one; between two epochs the batch counter is that of the last."""
+    progress, batches = _progress(trainer, "epoch"), _batches_per_epoch(trainer)
+    done, in_epoch = int(progress.processed), progress.started > progress.processed
+    if batches is None:
+        return float(done)
+    batch = int(_progress(trainer, "batch").processed)
+    if progress.started == progress.processed:
+        # Between two epochs; or in one of a run that was resumed from a checkpoint of an epoch's last batch, where
+        # Lightning counts one epoch less as started from then on. Then all batches of the epochs before are counted.
+        in_epoch = batches_done(trainer) - batch >= done * batches > 0
+    return done + batch / batches if in_epoch else float(done)
 
 
 def _batches_per_epoch(trainer: Trainer) -> int | None:

@@ -13,6 +13,13 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from lightning_accel.hooks import AccelCallback, Contract
 
 BATCH_SIZE = 4
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+    "enable_progress_bar": False,
+    "logger": False,
+}
 
 
 def samples(batches: int) -> TensorDataset:
@@ -92,8 +99,9 @@ class Validated(Tiny):
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self.evaluated.append(batch[0].detach().clone())
 
-    def predict_step(self, batch: Any, batch_idx: int) -> None:
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
         self.evaluated.append(batch[0].detach().clone())
+        return batch[1]
 
 
 class Data(LightningDataModule):
@@ -111,11 +119,9 @@ class Data(LightningDataModule):
 
 
 def make_trainer(*callbacks: Callback, **arguments: Any) -> Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     if arguments.pop("barebones", False):
         return Trainer(barebones=True, accelerator="cpu", callbacks=list(callbacks), **arguments)
-    quiet |= {"enable_model_summary": False, "accelerator": "cpu", "max_epochs": 1}
-    return Trainer(callbacks=list(callbacks), **{**quiet, **arguments})
+    return Trainer(callbacks=list(callbacks), **{**QUIET, "max_epochs": 1, **arguments})
 
 
 def fit(
