@@ -365,3 +365,27 @@ def test_mixed_by_hand_in_a_plain_loop() -> None:
     expected = 0.25 * F.cross_entropy(out, Y) + 0.75 * F.cross_entropy(out, Y.flip(0))
     torch.testing.assert_close(F.cross_entropy(out, y), expected)
     torch.testing.assert_close(x, 0.25 * X + 0.75 * X.flip(0))
+
+
+class ManualNet(Net):
+    def __init__(self, loss: Any = F.cross_entropy) -> None:
+        super().__init__(loss)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+def test_manual_optimization() -> None:
+    weights = []
+    for kind in (Net, ManualNet):
+        seed_everything(1, verbose=False)
+        net = kind()
+        fit(net, BatchAugmentation([MixUp(alpha=1.0)], seed=3))
+        weights.append(net.layer.weight)
+    assert torch.equal(*weights)
+    with pytest.warns(NoEffectWarning, match="`gather` took the hard"):
+        fit(ManualNet(by_gather), BatchAugmentation([MixUp(alpha=1.0)], seed=3))

@@ -312,7 +312,7 @@ shares = st.floats(0, 1, width=32)
 orders = st.permutations(range(6)).map(torch.tensor)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(
     first=shares | st.lists(shares, min_size=6, max_size=6),
     second=st.lists(shares, min_size=6, max_size=6),
