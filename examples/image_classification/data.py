@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader, TensorDataset
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # apt install dataset-fashion-mnist
 
 
-def read_fashion_mnist(folder: Path, part: str) -> tuple[Tensor, Tensor]:
-    """Images (N, 1, 28, 28) in [0, 1] and labels (N,) of `part`, "train" or "t10k"."""
+def read_fashion_mnist(folder: Path, part: str, count: int) -> tuple[Tensor, Tensor]:
+    """The first `count` images (N, 1, 28, 28) in [0, 1] and labels (N,) of `part`, "train" or "t10k"."""
     with gzip.open(folder / f"{part}-images-idx3-ubyte.gz") as file:
-        images = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 1, 28, 28)
+        images = np.frombuffer(file.read(16 + count * 28 * 28), np.uint8, offset=16).reshape(-1, 1, 28, 28)
     with gzip.open(folder / f"{part}-labels-idx1-ubyte.gz") as file:
-        labels = np.frombuffer(file.read(), np.uint8, offset=8)
+        labels = np.frombuffer(file.read(8 + count), np.uint8, offset=8)
     return torch.from_numpy(images / np.float32(255)), torch.from_numpy(labels.astype(np.int64))
 
 
@@ -39,23 +39,23 @@ class ImageData(LightningDataModule):
 
     def __init__(self, batch_size: int = 64, train_images: int = 4000, val_images: int = 1000) -> None:
         super().__init__()
-        self.name = "not read yet"
         self.batch_size, self.train_images, self.val_images = batch_size, train_images, val_images
 
     def setup(self, stage: str) -> None:
         if FASHION_MNIST.is_dir():
             self.name = "Fashion-MNIST"
-            train, val = read_fashion_mnist(FASHION_MNIST, "train"), read_fashion_mnist(FASHION_MNIST, "t10k")
+            train = read_fashion_mnist(FASHION_MNIST, "train", self.train_images)
+            val = read_fashion_mnist(FASHION_MNIST, "t10k", self.val_images)
         else:
             self.name = "MNIST, 5,000 images"
             images, labels = read_mnist_5k()
-            train, val = (images[:4000], labels[:4000]), (images[4000:], labels[4000:])
-        self.train = TensorDataset(*(part[: self.train_images] for part in train))
-        self.val = TensorDataset(*(part[: self.val_images] for part in val))
+            train = images[:4000][: self.train_images], labels[:4000][: self.train_images]
+            val = images[4000:][: self.val_images], labels[4000:][: self.val_images]
+        self.train, self.val = TensorDataset(*train), TensorDataset(*val)
         rank_zero_info(f"Data: {self}")
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.train_images} images to train with, {self.val_images} to validate with"
+        return f"{self.name}: {len(self.train)} images to train with, {len(self.val)} to validate with"
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.train, self.batch_size, shuffle=True)
