@@ -54,7 +54,7 @@ install: $(EDITABLE)  ## make .venv, or bring it up to date with the pins
 .PHONY: demo
 demo: $(EDITABLE)  ## compare a plain and an accelerated run on real images, and write the receipt
 	$(BIN)/lightning-accel compare --config examples/image_classification/plain.yaml \
-	  --with examples/image_classification/accelerated.yaml --seeds 2
+	  --with examples/image_classification/accelerated.yaml --seeds 3
 
 .PHONY: test
 test: $(EDITABLE)  ## every test
