@@ -1,0 +1,99 @@
+"""LowBitOptimizer and FusedOptimizer: bytes of optimizer state and CPU time of a step, against bitsandbytes itself.
+
+python benchmarks/bench_low_bit.py [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import random
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from _timing import compare, environment, table  # first: it sets the threads before torch is imported
+
+# isort: split
+import bitsandbytes
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_accel.optimizers.bitsandbytes_state import use_bitsandbytes_
+from lightning_accel.optimizers.fuse import use_fused_
+from lightning_accel.optimizers.quantized_state import quantize_optimizer_
+from lightning_accel.report.sizes import optimizer_state_bytes
+
+SHAPES: dict[str, list[tuple[int, ...]]] = {
+    "4 matrices of 1024 x 1024": [(1024, 1024)] * 4,
+    "64 matrices of 128 x 128 and 64 biases": [(128, 128), (128,)] * 64,
+}
+
+
+def fused(make: Callable[[Any], Optimizer], parameters: Any) -> Optimizer:
+    optimizer = make(parameters)
+    use_fused_(optimizer)
+    return optimizer
+
+
+def sides(name: str) -> dict[str, Callable[[Any], Optimizer]]:
+    """Makers of one optimizer in each form; the first is what the others are compared with."""
+    options: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9} if name == "SGD" else {"lr": 1e-3}
+    plain = getattr(torch.optim, name)
+    own = getattr(bitsandbytes.optim, f"{name}8bit")
+    return {
+        f"bitsandbytes.optim.{name}8bit, called directly": lambda p: own(p, **options),
+        "LowBitOptimizer(backend='bitsandbytes')": lambda p: use_bitsandbytes_(plain(p, **options)),
+        "LowBitOptimizer(backend='generic')": lambda p: quantize_optimizer_(plain(p, **options)),
+        "LowBitOptimizer + FusedOptimizer": lambda p: quantize_optimizer_(fused(lambda q: plain(q, **options), p)),
+        f"torch.optim.{name}": lambda p: plain(p, **options),
+        f"torch.optim.{name}(foreach=True)": lambda p: plain(p, foreach=True, **options),
+        "FusedOptimizer": lambda p: fused(lambda q: plain(q, **options), p),
+    }
+
+
+def cpu_seconds(steps: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of each side's step, in a new random order each round; other processes do not count."""
+    order, shuffler = list(steps), random.Random(0)
+    seconds: dict[str, list[float]] = {side: [] for side in steps}
+    for number in range(-2, rounds):
+        shuffler.shuffle(order)
+        for side in order:
+            began = time.thread_time()
+            steps[side]()
+            if number >= 0:
+                seconds[side].append(time.thread_time() - began)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="few rounds")
+    parser.add_argument("--rounds", type=int, default=21)
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    print(f"{environment()}, bitsandbytes {bitsandbytes.__version__}")
+    for name in ("AdamW", "SGD"):
+        for title, shapes in SHAPES.items():
+            steps: dict[str, Callable[[], Any]] = {}
+            sizes = []
+            for side, make in sides(name).items():
+                torch.manual_seed(0)
+                parameters = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+                for parameter in parameters:
+                    parameter.grad = torch.randn_like(parameter)
+                optimizer = make(parameters)
+                optimizer.step()
+                count = sum(parameter.numel() for parameter in parameters)
+                sizes.append(f"| {side} | {optimizer_state_bytes([optimizer]) / count:.3f} |")
+                steps[side] = optimizer.step
+            print(f"\n| {name}, {title} | bytes of state a parameter |\n| --- | ---: |")
+            print("\n".join(sizes))
+            print("\n" + table(f"{name}, {title}", compare(cpu_seconds(steps, 2 if options.quick else options.rounds))))
+            gc.collect()
+
+
+if __name__ == "__main__":
+    main()
