@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -129,13 +129,13 @@ def fit(
     seed(0 if resume is None else 4321)
     options.setdefault("max_epochs", 3)
     options.setdefault("num_sanity_val_steps", 0)
+    options.setdefault("enable_checkpointing", False)
     if validation is None:
         options["limit_val_batches"] = 0
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=callbacks,
@@ -143,10 +143,11 @@ def fit(
     )
     module = net()
     loaders = data()
-    given = {} if isinstance(loaders, dict) and "datamodule" in loaders else {"train_dataloaders": loaders}
-    if validation is not None:
-        given["val_dataloaders"] = validation()
-    trainer.fit(module, ckpt_path=resume, weights_only=True if resume else None, **(given or loaders))
+    if isinstance(loaders, LightningDataModule):
+        given = {"datamodule": loaders}
+    else:
+        given = {"train_dataloaders": loaders, "val_dataloaders": (validation or loader)()}
+    trainer.fit(module, ckpt_path=resume, weights_only=True if resume else None, **given)
     return trainer, module
 
 
