@@ -37,7 +37,7 @@ def choose_backend(optimizer: Optimizer) -> tuple[str, str]:
         return "generic", "it keeps the fused step, which bitsandbytes does not have"
     devices = {parameter.device.type for group in optimizer.param_groups for parameter in group["params"]}
     if "cpu" in devices:
-        return "generic", "it is the faster one on the CPU"
+        return "generic", "on the CPU it is as fast or faster"
     for device in sorted(devices):
         if reason := bitsandbytes_missing(device):
             return "generic", reason

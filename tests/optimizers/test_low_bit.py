@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Callback, Trainer
 from torch.optim import lr_scheduler
 
 from lightning_accel import FusedOptimizer, LowBitOptimizer
@@ -48,9 +47,15 @@ class Scheduled(Net):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+class Save(Callback):
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 9:
+            trainer.save_checkpoint("9.ckpt")
+
+
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata calls it
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_resume_in_mid_epoch_is_exact(backend: Any, tmp_path: Path) -> None:
+def test_resume_in_mid_epoch_is_exact(backend: Any) -> None:
     from torchdata.stateful_dataloader import StatefulDataLoader
 
     def run(*callbacks: Any, **arguments: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -60,21 +65,17 @@ def test_resume_in_mid_epoch_is_exact(backend: Any, tmp_path: Path) -> None:
         assert trainer.global_step == 18
         return weights(net), codes(trainer.optimizers[0])
 
-    first, second = (
-        ModelCheckpoint(tmp_path / name, every_n_train_steps=9, save_top_k=-1, filename="{step}")
-        for name in ("first", "second")
-    )
-    expected, moments = run(first, enable_checkpointing=True)
+    expected, moments = run(Save())
     _rounding.cache_clear()
     torch.manual_seed(5)
-    resumed, moments_resumed = run(second, enable_checkpointing=True, resume=str(tmp_path / "first" / "step=9.ckpt"))
+    resumed, moments_resumed = run(Save(), resume="9.ckpt")
     assert torch.equal(resumed, expected)
     assert len(moments) == (4 if backend == "generic" else 0)
     assert all(map(torch.equal, moments, moments_resumed))
 
 
 def test_auto_says_what_it_takes_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose_backend(MAKE["AdamW"](model().parameters())) == ("generic", "it is the faster one on the CPU")
+    assert choose_backend(MAKE["AdamW"](model().parameters())) == ("generic", "on the CPU it is as fast or faster")
     assert choose_backend(MAKE["Adam L2"](model().parameters()))[0] == "generic"
     assert "decouples" in choose_backend(MAKE["Adam L2"](model().parameters()))[1]
     assert "fused" in choose_backend(torch.optim.AdamW(model().parameters(), fused=True))[1]
