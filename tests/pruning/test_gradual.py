@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_accel.errors import NoEffectWarning
 from lightning_accel.pruning.gradual import GradualPruning
 from lightning_accel.schedules import Duration, value_at
+from tests.conftest import WEIGHTS_ONLY
 
 BATCHES = 10  # an epoch
 
@@ -75,7 +76,7 @@ def fit(module, *callbacks, ckpt_path=None, epochs=3, **options):
         enable_model_summary=False,
         **{"enable_checkpointing": False, **options},
     )
-    trainer.fit(module, loader(), ckpt_path=ckpt_path, weights_only=True)
+    trainer.fit(module, loader(), ckpt_path=ckpt_path, **WEIGHTS_ONLY)
     return trainer
 
 
@@ -508,3 +509,17 @@ def test_an_endless_fit_is_a_clear_error():
     with pytest.raises(ValueError, match=r"place '0\.7fit' in it, but this fit has none"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit(Tiny(), GradualPruning(), epochs=-1)
+
+
+@pytest.mark.parametrize("backend", ["generic", "bitsandbytes"])
+def test_with_8_bit_moments(backend):
+    from lightning_accel.optimizers.low_bit import LowBitOptimizer
+
+    def callbacks():
+        return [GradualPruning(0.8, 2, 18, 2), LowBitOptimizer(backend=backend, min_size=1)]
+
+    trace = Trace()
+    whole = fit(Tiny(), *callbacks(), Save(13), trace)
+    assert trace.zeros[-1] == round(0.8 * 192) and trace.zeros == sorted(trace.zeros)
+    resumed = fit(Tiny(), *callbacks(), ckpt_path="mid.ckpt")
+    assert_same(everything(whole), everything(resumed))
