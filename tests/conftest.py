@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import random
 from pathlib import Path
@@ -18,8 +19,12 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
 torch.set_num_threads(1)
+
+# How a test resumes with ``torch.load(weights_only=True)``: ``trainer.fit(..., **WEIGHTS_ONLY)``. Lightning 2.5 can't.
+WEIGHTS_ONLY = {"weights_only": True} if "weights_only" in inspect.signature(Trainer.fit).parameters else {}
 
 # Derandomized: the same examples in every run, so that a red test is red again. No deadline: the machine may be busy.
 hypothesis.settings.register_profile("repo", deadline=None, derandomize=True)
