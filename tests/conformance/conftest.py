@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tests.conformance.ranks import launch
 from tests.conformance.resume import make_runs
 
 
@@ -23,4 +24,12 @@ def resume_runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     """The folder with every uninterrupted run and every resumed one."""
     folder = tmp_path_factory.mktemp("resume")
     make_runs(folder, needed(request, "resume_runs", "name"), request.config.getini("filterwarnings"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rank_runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with what each of two ranks left of every run."""
+    folder = tmp_path_factory.mktemp("ranks")
+    launch(folder, needed(request, "rank_runs", "name"), request.config.getini("filterwarnings"))
     return folder

@@ -102,14 +102,15 @@ class PerRank(AccelCallback):
             next(pl_module.parameters()).add_(1e-3 * trainer.global_rank)
 
 
-class TwiceTheGradient(AccelCallback):
-    """Equal on all ranks, but scales gradients by the number of ranks."""
+class PerWorldSize(AccelCallback):
+    """Equal on all ranks, but another for another number of them."""
 
     contract = WRONG
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        for group in optimizer.param_groups:
-            group["weight_decay"] = 0.1 * trainer.world_size
+        for parameter in pl_module.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(trainer.world_size)
 
 
 class Copied(torch.optim.Optimizer):
