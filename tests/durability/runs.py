@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_accel import ExactResume
+from tests.conftest import WEIGHTS_ONLY
 
 SAMPLES = 22
 BATCH = 4  # six batches an epoch, the last of two samples
@@ -147,7 +148,7 @@ def fit(
         given = {"datamodule": loaders}
     else:
         given = {"train_dataloaders": loaders, "val_dataloaders": (validation or loader)()}
-    trainer.fit(module, ckpt_path=resume, weights_only=True if resume else None, **given)
+    trainer.fit(module, ckpt_path=resume, **(WEIGHTS_ONLY if resume else {}), **given)
     return trainer, module
 
 

@@ -17,6 +17,7 @@ from torch.utils.data.distributed import DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_accel import ExactResume, GradientAccumulation
+from tests.conftest import WEIGHTS_ONLY
 from tests.durability.runs import (
     Net,
     Samples,
@@ -158,6 +159,7 @@ def test_without_the_callback_a_resume_is_not_exact(tmp_path: Path) -> None:
     assert differences(outcome(trainer, module), outcome(*resumed))
 
 
+@pytest.mark.filterwarnings("ignore:.*ckpt_path")  # of OnExceptionCheckpoint: it looks for its file at each fit
 @pytest.mark.parametrize("batch", [7, 11])
 def test_a_checkpoint_taken_on_an_exception_between_batches(batch: int, tmp_path: Path) -> None:
     plain = outcome(*fit([], loader, accumulate_grad_batches=2))
@@ -172,6 +174,7 @@ def test_a_checkpoint_taken_on_an_exception_between_batches(batch: int, tmp_path
     assert differences(plain, outcome(*resumed)) == []
 
 
+@pytest.mark.filterwarnings("ignore:.*ckpt_path")  # of OnExceptionCheckpoint: it looks for its file at each fit
 def test_a_checkpoint_taken_inside_a_batch_repeats_it_and_says_so(tmp_path: Path) -> None:
     _, plain = fit([], loader)
     callbacks = [
@@ -288,7 +291,7 @@ def test_a_second_fit_of_the_same_trainer(tmp_path: Path) -> None:
     trainer, module = fit([callback, save], loader, max_epochs=1)
     path = next(path for path in save.paths if "batch_end" in path.name)
     data = loader()
-    trainer.fit(module, data, loader(), ckpt_path=path, weights_only=True)
+    trainer.fit(module, data, loader(), ckpt_path=path, **WEIGHTS_ONLY)
     assert trainer.global_step == 6 and type(data) is DataLoader
     trainer.fit_loop.max_epochs = 2
     trainer.fit(module, data, loader())

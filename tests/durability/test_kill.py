@@ -51,6 +51,7 @@ def newest(folder: Path) -> Path | None:
     return max(folder.glob("step=*.ckpt"), key=lambda path: int(path.stem.split("=")[1]), default=None)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_killed_in_mid_epoch(tmp_path: Path) -> None:
     whole = train(tmp_path / "whole", "fast")

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning_accel import ExactResume
+from tests.conftest import WEIGHTS_ONLY
 from tests.durability import runs
 
 class Rank(Callback):
@@ -44,7 +45,7 @@ if __name__ == "__main__":
     path = folder / f"{resume[0]}.ckpt" if resume else None
     module = runs.Net()
     module.layers[1] = torch.nn.LayerNorm(8)  # a checkpoint has the batch norm statistics of rank 0 only
-    trainer.fit(module, runs.loader(), runs.loader(), ckpt_path=path, weights_only=True if resume else None)
+    trainer.fit(module, runs.loader(), runs.loader(), ckpt_path=path, **(WEIGHTS_ONLY if resume else {}))
 """
 
 
