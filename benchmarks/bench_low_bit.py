@@ -30,6 +30,7 @@ SHAPES: dict[str, list[tuple[int, ...]]] = {
     "4 matrices of 1024 x 1024": [(1024, 1024)] * 4,
     "64 matrices of 128 x 128 and 64 biases": [(128, 128), (128,)] * 64,
 }
+QUICK: dict[str, list[tuple[int, ...]]] = {"2 matrices of 128 x 128": [(128, 128)] * 2}
 
 
 def fused(make: Callable[[Any], Optimizer], parameters: Any) -> Optimizer:
@@ -70,13 +71,13 @@ def cpu_seconds(steps: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="few rounds")
+    parser.add_argument("--quick", action="store_true", help="few rounds on small matrices")
     parser.add_argument("--rounds", type=int, default=21)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     print(f"{environment()}, bitsandbytes {bitsandbytes.__version__}")
     for name in ("AdamW", "SGD"):
-        for title, shapes in SHAPES.items():
+        for title, shapes in (QUICK if options.quick else SHAPES).items():
             steps: dict[str, Callable[[], Any]] = {}
             sizes = []
             for side, make in sides(name).items():

@@ -87,8 +87,9 @@ def _can_fuse(cls: Any, device: torch.device, dtype: torch.dtype) -> bool:
 def _align_layouts(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Give gradients and moments the memory layout of their parameter.
 
-    torch's fused kernels read all of them as one line of memory and are silently wrong where a parameter is channels_last
-    and its loaded moments or its gradient are not. Only images' weights (4 dimensions and more) have such layouts.
+    torch's fused kernels read all of them as one line of memory and are silently wrong where a parameter is
+    channels_last and its loaded moments or its gradient are not. Only weights of 4 dimensions and more have such
+    layouts.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:

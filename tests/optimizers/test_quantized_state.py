@@ -430,3 +430,20 @@ def test_sparse_gradients_are_refused_by_name_unless_the_state_is_kept_in_32_bit
         else:
             with pytest.raises(RuntimeError, match=r"'words' is sparse.*keep_32bit"):
                 optimizer.step()
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_muon() -> None:
+    layers = [nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    for layer in layers:
+        optimizer: Optimizer = torch.optim.Muon(layer.parameters())
+        if layer is layers[1]:
+            quantize_optimizer_(optimizer)
+        for step in range(4):
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            layer(torch.randn(8, 64)).square().mean().backward()
+            optimizer.step()
+    assert len(codes(optimizer)) == 1
+    assert torch.allclose(layers[0].weight, layers[1].weight, atol=1e-3)
