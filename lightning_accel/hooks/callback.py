@@ -119,11 +119,13 @@ class AccelCallback(Callback):
         super().__init__()
         self.arguments: dict[str, Any] = arguments
         self.plan: Plan | None = None
+        # Lightning asks for the key at every hook; and the caller may change an argument later
+        self._key = self._generate_state_key(**{name: _plain(value) for name, value in arguments.items()})
 
     @property
     def state_key(self) -> str:
         """The key of this callback's state in a checkpoint: its class and arguments."""
-        return self._generate_state_key(**{name: _plain(value) for name, value in self.arguments.items()})
+        return self._key
 
     @property
     def is_neutral(self) -> bool:

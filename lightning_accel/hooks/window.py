@@ -58,7 +58,7 @@ class AccumulationWindow(AccelCallback):
         pl_module.zero_grad()  # left by another fit, they would pass for the partial gradients of a resumed window
         loop = trainer.fit_loop.epoch_loop
         self.on_undo(lambda: setattr(trainer, "accumulate_grad_batches", 1))
-        self.patch(loop, "_accumulated_batches_reached", lambda _: self._position(trainer) >= self._length)
+        self.patch(loop, "_accumulated_batches_reached", lambda _: self._complete(trainer))
         self.patch(loop.automatic_optimization, "_make_zero_grad_fn", self._make_zero_grad_fn_for(trainer))
         self._replace_estimate(trainer)
 
@@ -103,6 +103,18 @@ class AccumulationWindow(AccelCallback):
                     if parameter.grad is not None:
                         parameter.grad.mul_(self._length / done)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so where Lightning made no step after the last batch, because it did not know or it was None."""
+        if self.is_neutral or self._seen is None or trainer.should_stop:
+            return
+        stepped = self._seen == self._ready(trainer) and trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+        if not stepped and (left := self._seen - self._start) < self._length:
+            rank_zero_warn(
+                f"The epoch ended inside an accumulation window: its last {left} batches made no optimizer step, "
+                "because the loader had fewer batches than announced, or its last batch was None. Give it its true "
+                "length, or set `limit_train_batches` to it."
+            )
+
     def state_dict(self) -> dict[str, Any]:
         """Where the present window began, and its length."""
         return {"start": self._start, "length": self._length}
@@ -116,9 +128,13 @@ class AccumulationWindow(AccelCallback):
         return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
 
     def _position(self, trainer: Trainer) -> int:
-        """The place in the window of the last micro-batch that was not None, from 1."""
-        ready = self._ready(trainer)
-        return (ready if self._seen is None else min(ready, self._seen)) - self._start
+        """The present micro-batch's place in the window, from 1."""
+        return self._ready(trainer) - self._start
+
+    def _complete(self, trainer: Trainer) -> bool:
+        """Whether the window is complete with the present batch; one that is None completes nothing."""
+        none = self._seen is not None and self._seen != self._ready(trainer)
+        return not none and self._position(trainer) >= self._length
 
     def _make_zero_grad_fn_for(self, trainer: Trainer) -> Any:
         def make(original: Any, batch_idx: int, optimizer: Optimizer) -> Any:
