@@ -168,6 +168,7 @@ METHODS = [
     Method(
         "LowBitOptimizer bitsandbytes",
         [use("LowBitOptimizer", backend="bitsandbytes", min_size=256)],
+        single=1e-4,  # a last bit decides how a value that lies between two codes is rounded
         neutral=[use("LowBitOptimizer", backend="bitsandbytes", min_size=1_000_000)],
         neutral_warning="LowBitOptimizer has no effect",
     ),

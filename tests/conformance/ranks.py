@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from tests.conformance.processes import start, wait
 from tests.conformance.rows import EXACT, WRONG, Row, everything
-from tests.conformance.toy import BATCH_SIZE, Digits, assert_close, assert_equal, run, train_loader
+from tests.conformance.toy import BATCH_SIZE, Digits, assert_close, assert_equal, run, train_loader, train_set
 from tests.methods import METHODS, STACKS, Method, use
+from torch.utils.data import DistributedSampler
 
 RANKS = 2
 POINT = ("train batch end", 14)  # in mid-epoch, and in mid-window of a window of two
-# What may differ between two ranks and one is batch norm, dropout and the order of the data.
+# What else may differ between two ranks and one is batch norm, dropout and the order of the data.
 SAME_BATCHES = {"module": partial(Digits, regular=False, optimizer="sgd"), "max_epochs": 2}
 
 METHOD_ROWS = [Row(method.name, method.callbacks) for method in [*METHODS, *STACKS]]
@@ -52,7 +53,9 @@ def run_row(folder: Path, row: Row, phase: str) -> None:
         else:
             arguments.update(ckpt_path=checkpoint, seed=99 + rank)
     else:
-        arguments["train"] = partial(train_loader, shuffle=False, batch_size=BATCH_SIZE // RANKS)
+        # Lightning's own sampler would shuffle
+        sampler = DistributedSampler(train_set(), RANKS, rank, shuffle=False)
+        arguments["train"] = partial(train_loader, shuffle=False, batch_size=BATCH_SIZE // RANKS, sampler=sampler)
         arguments.update(SAME_BATCHES)
     final = file_of(folder, row.name, 0, f"{phase}.final")
     result = run(row.make(), strategy="ddp", devices=RANKS, final=final, **arguments)

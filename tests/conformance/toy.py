@@ -301,19 +301,20 @@ class Run:
         return weights
 
 
+SETTINGS: dict[str, Any] = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "max_epochs": EPOCHS,
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 1,
+    "val_check_interval": 3,  # three validations an epoch, the last at its end
+}
+
+
 def make_trainer(callbacks: Sequence[Callback] = (), **arguments: Any) -> Trainer:
-    settings: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "max_epochs": EPOCHS,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": True,
-        "num_sanity_val_steps": 1,
-        "val_check_interval": 3,  # three validations an epoch, the last at its end
-    }
-    return Trainer(callbacks=list(callbacks), **{**settings, **arguments})
+    return Trainer(callbacks=list(callbacks), **{**SETTINGS, **arguments})
 
 
 def run(

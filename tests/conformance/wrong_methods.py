@@ -251,24 +251,26 @@ class OnlyUncompiled(AccelCallback):
                     parameter.grad.mul_(0.5)
 
 
-class NotJSON(AccelCallback):
-    """Takes an argument that no YAML can hold."""
+class WrongType(AccelCallback):
+    """Says that it takes a string, and wants a number."""
 
     contract = WRONG
 
-    def __init__(self, rate: float = 0.5) -> None:
-        if not isinstance(rate, float):
-            raise TypeError("rate")
+    def __init__(self, rate: str = "") -> None:
         super().__init__(rate=rate)
 
 
-class AnyType(AccelCallback):
-    """Reads its argument from YAML as something else than Python gives it."""
+class OtherInYAML(AccelCallback):
+    """Does another thing where the Trainer was made by LightningCLI."""
 
     contract = WRONG
 
-    def __init__(self, factors: dict[str, int] | None = None) -> None:
-        super().__init__(factors=factors)
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        if any("SaveConfig" in type(other).__name__ for other in trainer.callbacks):
+            return
+        for parameter in pl_module.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(0.5)
 
 
 class LeavesPatch(Callback):
@@ -294,11 +296,25 @@ class LeavesPatchOnError(Callback):
         del pl_module.training_step
 
 
-class LeavesLoopPatch(Callback):
-    """Leaves a setting of a loop changed."""
+class LeavesSetting(Callback):
+    """Leaves a setting of the Trainer changed."""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.accumulate_grad_batches = 2
+
+
+class LeavesHook(Callback):
+    """Leaves a hook on a layer."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        next(pl_module.children()).register_forward_hook(lambda *_: None)
+
+
+class StopsForGood(Callback):
+    """Ends a second fit before it began."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.limit_train_batches = 0
 
 
 class OnlyOnce(AccelCallback):
@@ -328,6 +344,19 @@ class Mutates(AccelCallback):
             amounts.clear()
 
 
+class MutatesLater(AccelCallback):
+    """Uses up the list it was given."""
+
+    contract = WRONG
+
+    def __init__(self, amounts: list[int] | None = None) -> None:
+        super().__init__()
+        self.amounts = amounts or []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.amounts.pop()
+
+
 class AcceptsAll(AccelCallback):
     """Checks nothing."""
 
@@ -344,5 +373,7 @@ class Mumbles(AccelCallback):
 
     def __init__(self, amount: Any = 0) -> None:
         super().__init__(amount=amount)
+        if isinstance(amount, str):
+            raise KeyError(amount)
         if amount == 2:
             raise ValueError("bad amount")
