@@ -37,7 +37,7 @@ def read_mnist_5k() -> tuple[Tensor, Tensor]:
 class ImageData(LightningDataModule):
     """28x28 grey images of 10 classes; `train_images` and `val_images` keep it small."""
 
-    def __init__(self, batch_size: int = 64, train_images: int = 4000, val_images: int = 1000) -> None:
+    def __init__(self, batch_size: int = 64, train_images: int = 4000, val_images: int = 2000) -> None:
         super().__init__()
         self.batch_size, self.train_images, self.val_images = batch_size, train_images, val_images
 

@@ -44,6 +44,7 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 th, td { padding: 7px 12px; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th { font-weight: 600; color: var(--soft); }
 th:first-child, td:first-child, td:last-child, th:last-child { text-align: left; }
+.runs th:last-child, .runs td:last-child { text-align: right; }
 td.better { color: var(--good); font-weight: 600; } td.worse { color: var(--bad); font-weight: 600; }
 td.no-effect { color: var(--soft); } td.not-reached, td.not-enough-seeds { color: var(--unsure); }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(460px, 100%), 1fr)); gap: 20px; }
@@ -149,7 +150,8 @@ def _runs(receipt: Receipt) -> str:
         for run in receipt.runs
         if run.error
     )
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{tails}'
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="wide runs">{table}</div>{tails}'
 
 
 def _plots(receipt: Receipt) -> str:

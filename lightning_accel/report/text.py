@@ -50,7 +50,7 @@ def format_estimate(estimate: Estimate | None, unit: Unit) -> str:
     half = 0.0 if estimate.high is None else estimate.high - estimate.value
     size, suffix = _scale(estimate.value, unit)
     center, spread = (_digits(number / size, unit, size) for number in (estimate.value, half))
-    return f"{center}{suffix}" if half == 0 else f"{center} ± {spread}{suffix}"
+    return f"{center}{suffix}" if not spread.strip("0.") else f"{center} ± {spread}{suffix}"
 
 
 def format_change(row: Row) -> str:

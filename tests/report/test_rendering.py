@@ -179,4 +179,5 @@ def test_format_number(value: float, unit: str, expected: str) -> None:
 def test_format_estimate() -> None:
     assert format_estimate(Estimate(10.0, 9.5, 10.5, 3), "seconds") == "10.0 ± 0.50 s"
     assert format_estimate(Estimate(10.0, None, None, 1), "seconds") == "10.0 s"
+    assert format_estimate(Estimate(10.0, 9.999, 10.001, 3), "seconds") == "10.0 s"  # not "± 0.00"
     assert format_estimate(None, "seconds") == "-"
