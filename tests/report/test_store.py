@@ -34,6 +34,7 @@ def test_runs_come_back(tmp_path: Path) -> None:
 def test_full_disk_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.txt"
     write_text(path, "old")
+    assert os.listdir(tmp_path) == ["a.txt"]
     fill_disk(monkeypatch)
     with pytest.raises(StorageError, match=r"Could not write .*a\.txt: No space left on device\."):
         write_text(path, "new")
