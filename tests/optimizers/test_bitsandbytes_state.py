@@ -209,6 +209,7 @@ for name in ["AdamW", "SGD", "RMSprop"]:
     module.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     assert optimizer.state[module[0].weight]["state1"].dtype == torch.uint8
+    assert type(optimizer.state[module[0].weight]["step"]) is int
     train(module, optimizer, 3, start=4)
     assert torch.equal(weights(module), saved["weights"]), name
 print("done", end="")

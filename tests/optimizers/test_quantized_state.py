@@ -210,6 +210,16 @@ def test_other_arguments_at_resume_are_followed() -> None:
     train(module, other, 2)
 
 
+def test_of_a_centered_optimizer_only_the_momentum_is_quantised() -> None:
+    """Its variance is a small difference of two averages, and its root would be NaN where that became negative."""
+    module = model()
+    optimizer = low_bit("RMSprop centered", module)
+    train(module, optimizer, 2)
+    state = optimizer.state[module[0].weight]
+    assert isinstance(state["momentum_buffer"], dict)
+    assert state["square_avg"].dtype == state["grad_avg"].dtype == torch.float32
+
+
 def test_state_that_exists_already_is_quantised_at_once() -> None:
     optimizer = low_bit("Adagrad", model())  # it makes its state in the constructor
     assert len(codes(optimizer)) == 2
@@ -257,23 +267,21 @@ def test_the_fused_step_is_used_inside() -> None:
 def test_large_parameters_are_stepped_in_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     import lightning_accel.optimizers.quantized_state as under_test
 
-    results = []
-    for bucket in (1, 2**20):
+    results, sizes = [], []
+    original = torch.optim.AdamW._init_group
+
+    def spy(self: Any, group: Any, *args: Any) -> Any:
+        sizes.append(len(group["params"]))
+        return original(self, group, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "_init_group", spy)
+    for bucket, expected in ((1, [1] * 12), (2**20, [4] * 3)):
         monkeypatch.setattr(under_test, "_BUCKET", bucket)
         module = model()
-        sizes: list[int] = []
-        optimizer = low_bit("AdamW", module)
-        original = torch.optim.AdamW._init_group
-
-        def spy(self: Any, group: Any, *args: Any, original: Any = original, sizes: list[int] = sizes) -> Any:
-            sizes.append(len(group["params"]))
-            return original(self, group, *args)
-
-        monkeypatch.setattr(torch.optim.Adam, "_init_group", spy)
-        train(module, optimizer, 3)
-        assert sizes == ([1] * 12 if bucket == 1 else [4] * 3)
+        sizes.clear()
+        train(module, low_bit("AdamW", module), 3)
+        assert sizes == expected
         results.append(weights(module))
-        monkeypatch.undo()
     assert torch.equal(*results)
 
 
