@@ -40,7 +40,7 @@ class LabelSmoothing(TargetTransform):
         purpose="Smooth the training targets, without editing the loss.",
         touches=frozenset({"target"}),
         acts="every training batch",
-        expects="better calibrated predictions",
+        expects="less overconfident predictions",
         docs="methods/label_smoothing",
         once=True,
     )
