@@ -3,6 +3,7 @@
 Every side trains for the same number of epochs on the same data with the same seeds, and prunes the same weights.
 
 python benchmarks/bench_pruning_accuracy.py [--quick] [--seeds 5] [--epochs 20] [--data digits mnist]
+    [--amounts 0.8 0.9]
 """
 
 from __future__ import annotations
@@ -136,6 +137,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--data", nargs="+", choices=["digits", "mnist"], default=["digits", "mnist"])
+    parser.add_argument("--amounts", nargs="+", type=float, default=[0.8, 0.9])
     options = parser.parse_args()
     seeds, epochs = (2, 10) if options.quick else (options.seeds, options.epochs)
     warnings.filterwarnings("ignore")
@@ -145,7 +147,7 @@ def main() -> None:
     for name in ["digits"] if options.quick else options.data:
         data = {"digits": digits, "mnist": mnist}[name]()
         dense = [run(data, "dense", 0.9, seed, epochs) for seed in range(seeds)]
-        for amount in (0.8, 0.9, 0.95):
+        for amount in options.amounts:
             names = list(sides(Classifier(data[0].shape[-1]), amount, epochs))
             found: dict[str, list[tuple[float, float]]] = {side: [] for side in names}
             for seed in range(seeds):

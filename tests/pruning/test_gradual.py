@@ -211,6 +211,13 @@ def test_clipping_does_not_see_pruned_weights(clip):
         assert torch.stack(norms).sub(0.01).abs().max() < 1e-6, "all of the norm goes to what is kept"
 
 
+def test_weights_change_only_after_an_optimizer_step():
+    trace = Trace()
+    fit(Tiny(), GradualPruning(0.8, "3batch", "21batch", "1batch", schedule="linear"), trace, accumulate_grad_batches=2)
+    changed = [batch for batch in range(1, 30) if trace.zeros[batch] != trace.zeros[batch - 1]]
+    assert len(changed) > 8 and all((batch + 1) % 2 == 0 for batch in changed)
+
+
 def test_scopes():
     fit(one := Tiny(), GradualPruning(0.5, 0, 10, 1, scope="layer"))
     assert [int((w == 0).sum()) for w in weights(one)] == [20, 64, 12]

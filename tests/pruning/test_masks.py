@@ -194,3 +194,13 @@ def test_optimizer_state(name):
     assert any(bool((value[mask == 1] != 0).all()) for value in shaped)
     assert optimizer.state[weight].get("step") is steps
     assert all(torch.equal(optimizer.state[other][key], value) for key, value in before.items())
+
+
+def test_factored_optimizer_state_is_left_alone():
+    weight = torch.nn.Parameter(torch.randn(4, 4))
+    optimizer = torch.optim.Adafactor([weight], lr=0.1)
+    weight.grad = torch.randn(4, 4)
+    optimizer.step()
+    before = {key: value.clone() for key, value in optimizer.state[weight].items()}
+    mask_optimizer_state_(optimizer, [weight], [torch.zeros(4, 4)])
+    assert all(torch.equal(optimizer.state[weight][key], value) for key, value in before.items())
