@@ -124,7 +124,6 @@ METHODS = [
                 "BatchAugmentation",
                 transforms=[
                     use("augment.RandomHorizontalFlip", p=0.0),
-                    use("augment.RandomCrop", size=8),
                     use("augment.MixUp", alpha=0.0),
                     use("augment.CutMix", p=0.0),
                 ],
