@@ -57,6 +57,7 @@ class ExactResume(AccelCallback):
         self._final: dict[str, Any] | None = None  # of the end of the fit, for checkpoints taken after it
         self._window_open = False  # at the end of the last batch
         self._training = False
+        self._fit_started = False
         self._watched: WeakSet[Any] = WeakSet()
 
     @property
@@ -70,8 +71,15 @@ class ExactResume(AccelCallback):
         """Watch the training loaders from the moment when they are set up."""
         self._saved = self._final = None
         self._window_open = self._training = False
+        self._fit_started = False
         self.on_undo(partial(self._leave, trainer, pl_module))
         data.on_loaders_ready(self, trainer, partial(self._loaders_ready, trainer, pl_module))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Have data set up again that ``configure_optimizers`` had set up too early, to count its batches."""
+        self._fit_started = True
+        if self._saved is not None:
+            data.load_data_again(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget a position whose epoch ended before the loader was asked for another batch."""
@@ -135,6 +143,9 @@ class ExactResume(AccelCallback):
         self._saved = state_dict
 
     def _loaders_ready(self, trainer: Trainer, pl_module: LightningModule, original: Callable[[], None]) -> None:
+        if self._saved is not None and not self._fit_started:  # the counters are not restored yet: see on_fit_start
+            original()
+            return
         saved, self._saved = self._saved, None
         self._training = True  # from here on there is something to save
         state: dict[str, Any] | None = None
@@ -171,6 +182,12 @@ class ExactResume(AccelCallback):
             rank_zero_warn("ExactResume can't save the position in a loader that is used twice: make two of it.")
         for loader in loaders:
             if data.is_stateful(loader):
+                if not _has_length(loader):
+                    rank_zero_warn(
+                        "ExactResume can't save the position in the training data: the loader has no length, so "
+                        "Lightning fetches one batch ahead of the loop, and a run resumed in mid-epoch would leave "
+                        "that batch out. Give the dataset a `__len__`."
+                    )
                 continue
             if reason := replay.why_not_exact(loader):
                 rank_zero_warn(
@@ -214,6 +231,14 @@ def _of_this_rank(trainer: Trainer, states: list[dict[str, Any]]) -> dict[str, A
         "exception to go on exactly."
     )
     return None
+
+
+def _has_length(loader: Any) -> bool:
+    try:
+        len(loader)
+    except (TypeError, NotImplementedError):
+        return False
+    return True
 
 
 def _load_stateful(trainer: Trainer, states: list[Any], *, at_end: bool = False) -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "callback_metrics",
     "go_on_from",
     "is_stateful",
+    "load_data_again",
     "on_fit_goes_on",
     "on_loaders_ready",
     "on_validation_loaders_ready",
@@ -197,6 +198,17 @@ def on_loaders_ready(callback: AccelCallback, trainer: Trainer, call: Callable[[
     At the start of the fit and at each reload. ``original`` loads the states of stateful loaders.
     """
     callback.patch(trainer.fit_loop, "_load_combined_loader_states", call)
+
+
+def load_data_again(trainer: Trainer) -> None:
+    """Let the fit set up its training data once more, where that was done before the counters were restored.
+
+    ``trainer.estimated_stepping_batches`` in ``configure_optimizers`` does it, to count the batches.
+    """
+    for loader in train_loaders(trainer):
+        if getattr(loader, "_iterator", None) is not None:  # persistent workers would go on with their old order
+            loader._iterator = None
+    trainer.fit_loop._combined_loader = None
 
 
 def on_validation_loaders_ready(callback: AccelCallback, trainer: Trainer, function: Callable[[], None]) -> None:
