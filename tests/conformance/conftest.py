@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from tests.conformance.ranks import launch
 from tests.conformance.resume import make_runs
 

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 
-
 def start(module: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
     """Start ``python -m module`` with one torch thread and its output kept."""
     return subprocess.Popen(
@@ -28,5 +27,3 @@ def wait(processes: list[subprocess.Popen[str]], seconds: float = 400) -> None:
     finally:
         for process in processes:
             process.kill()
-
-

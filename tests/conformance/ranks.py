@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DistributedSampler
+
 from tests.conformance.processes import start, wait
 from tests.conformance.rows import EXACT, WRONG, Row, everything
 from tests.conformance.toy import BATCH_SIZE, Digits, assert_close, assert_equal, run, train_loader, train_set
 from tests.methods import METHODS, STACKS, Method, use
-from torch.utils.data import DistributedSampler
 
 RANKS = 2
 POINT = ("train batch end", 14)  # in mid-epoch, and in mid-window of a window of two
@@ -39,6 +40,12 @@ WRONG_ROWS = [
 ROWS = {row.name: row for row in [*METHOD_ROWS, *RESUME_ROWS, *WRONG_ROWS]}
 
 
+def scrambled() -> Digits:
+    """Other weights and another random state than in the run that was interrupted."""
+    torch.manual_seed(99 + int(os.environ["RANK"]))
+    return Digits()
+
+
 def file_of(folder: Path, name: str, rank: int, what: str) -> Path:
     return folder / f"{name.replace(' ', '_')}.{what}.{rank}"
 
@@ -51,7 +58,8 @@ def run_row(folder: Path, row: Row, phase: str) -> None:
         if phase == "uninterrupted":
             arguments["saves"] = {checkpoint: POINT}
         else:
-            arguments.update(ckpt_path=checkpoint, seed=99 + rank)
+            # Lightning's sampler takes the seed of `seed_everything`, which a resumed script sets to the same again
+            arguments.update(ckpt_path=checkpoint, module=scrambled)
     else:
         # Lightning's own sampler would shuffle
         sampler = DistributedSampler(train_set(), RANKS, rank, shuffle=False)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from tests.conformance.processes import start, wait
 from tests.conformance.rows import METHOD_ROWS, RIGHT_ROWS, WORLD_ROWS, WRONG_ROWS, Row
 from tests.conformance.toy import assert_equal, run
@@ -109,8 +110,12 @@ def main(phase: str, folder: Path) -> None:
 
     request = json.loads((folder / "rows.json").read_text())
     with warnings.catch_warnings():
-        # "ended before the epoch ended and your dataloader is not resumable": what the row without ExactResume shows
-        apply_warning_filters([*request["filters"], "ignore:You're resuming from a checkpoint that ended"], [])
+        ignored = [
+            # "before the epoch ended and your dataloader is not resumable": what the row without ExactResume shows
+            "ignore:You're resuming from a checkpoint that ended",
+            "ignore:Your `IterableDataset` has `__len__` defined",  # advice for several workers
+        ]
+        apply_warning_filters([*request["filters"], *ignored], [])
         for name in request["names"]:
             if phase == "resumed":
                 resumed(folder, ROWS[name])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from tests.conformance.toy import BATCH_SIZE, Digits, DictSet, Stream, train_loader, train_set, val_set
-from tests.methods import METHODS, STACKS, Method, Spec, build, use, with_keys
 from torch.utils.data import DataLoader
+
+from tests.conformance.toy import BATCH_SIZE, DictSet, Digits, SizedStream, train_loader, train_set, val_set
+from tests.methods import METHODS, STACKS, Method, Spec, build, use, with_keys
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,6 @@ class Row:
     """What :func:`tests.conformance.toy.run` gets beside the callbacks."""
     slow: bool = True
     keys: tuple[str, str] | None = None
-    skips: dict[str, str] = field(default_factory=dict)
-    """Points at which it can't be resumed exactly, and why (documented)."""
 
     def make(self) -> list[Any]:
         return [build(with_keys(spec, self.keys)) for spec in self.callbacks]
@@ -54,7 +53,7 @@ def stateful() -> dict[str, Any]:
 def stateful_stream() -> dict[str, Any]:
     from torchdata.stateful_dataloader import StatefulDataLoader
 
-    return {"train": lambda: StatefulDataLoader(Stream(train_set()), batch_size=BATCH_SIZE)}
+    return {"train": lambda: StatefulDataLoader(SizedStream(train_set()), batch_size=BATCH_SIZE)}
 
 
 def dicts() -> dict[str, Any]:

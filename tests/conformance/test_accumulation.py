@@ -6,6 +6,7 @@ import math
 
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
 from tests.conformance.toy import BATCHES, EPOCHS, run
 from tests.conformance.wrong import wrong
 from tests.methods import METHODS, STACKS, Method

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from tests.conformance.toy import run
 from tests.conformance.wrong import wrong
 from tests.methods import METHODS, Method, build, find_class, use

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+
 from tests.conformance.toy import Digits, assert_close, run
 from tests.conformance.wrong import wrong
 from tests.methods import METHODS, STACKS, Method
-
 
 # dynamo itself looks at the gradient of a tensor that is passed on after a break in the graph
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
@@ -35,7 +35,11 @@ class CompilableDigits(Digits):
 
 def check_compile(method: Method) -> None:
     # without torchmetrics, which takes dynamo five times as long as the module itself
-    arguments: dict[str, Any] = {"module": partial(CompilableDigits, torchmetric=False), "max_epochs": 2, "limit_val_batches": 0}
+    arguments: dict[str, Any] = {
+        "module": partial(CompilableDigits, torchmetric=False),
+        "max_epochs": 2,
+        "limit_val_batches": 0,
+    }
     compiled = run(method.make(), wrap=partial(torch.compile, backend="eager"), **arguments)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
     eager = run(method.make(), **arguments)

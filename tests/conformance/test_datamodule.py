@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from tests.conformance.toy import HookedData, HookedDigits, assert_same_training, plain_run, run, trained_otherwise
 from tests.conformance.wrong import wrong
 from tests.methods import METHODS, STACKS, Method

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
 from tests.conformance.toy import ManualDigits, plain_run, run, trained_otherwise
 from tests.conformance.wrong import wrong
 from tests.methods import METHODS, STACKS, Method

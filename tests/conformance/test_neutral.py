@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
+
 from lightning_accel import NoEffectWarning
 from tests.conformance.toy import Digits, assert_same_training, plain_run, run, trained_otherwise
 from tests.conformance.wrong import wrong

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from tests.conformance.ranks import METHOD_ROWS, RESUME_ROWS, check_replicas, check_resumed_replicas, check_single
 from tests.conformance.wrong import wrong
 from tests.methods import METHODS, STACKS, Method

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
+from torch.utils.data import DataLoader
+
+from lightning_accel import ExactResume
 from tests.conformance.resume import FRESH, ROWS, check_resume, points
 from tests.conformance.rows import METHOD_ROWS, RIGHT_ROWS, WORLD_ROWS, WRONG_ROWS
+from tests.conformance.toy import Digits, Stream, run, train_set
 
 pytestmark = [pytest.mark.xdist_group("resume"), pytest.mark.timeout(900)]
 
@@ -20,6 +25,15 @@ CASES = [
 @pytest.mark.parametrize(("name", "point"), CASES)
 def test_resume(resume_runs: Path, name: str, point: str) -> None:
     check_resume(resume_runs, ROWS[name], point)
+
+
+@pytest.mark.parametrize("stateful", [False, True])
+def test_what_cannot_be_resumed_exactly_is_said(stateful: bool) -> None:
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    loader = StatefulDataLoader if stateful else DataLoader
+    with pytest.warns(UserWarning, match="ExactResume can't save the position in the training data"):
+        run([ExactResume()], partial(Digits, scheduler=None), train=lambda: loader(Stream(train_set()), batch_size=8))
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch import seed_everything
+
 from tests.conformance.toy import EPOCHS, Digits, make_scheduler, run
 from tests.conformance.wrong import wrong
 from tests.methods import METHODS, STACKS, Method

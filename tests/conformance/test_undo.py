@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+
 from tests.conformance.toy import Digits, DigitsData, assert_same_training, make_trainer, run
 from tests.conformance.wrong import wrong
 from tests.methods import METHODS, STACKS, Method

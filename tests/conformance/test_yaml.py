@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI
+
 from lightning_accel.cli.main import main
 from tests.conformance.toy import SETTINGS, TRAINED, DigitsData, assert_equal, run
 from tests.conformance.wrong_methods import __name__ as WRONG
@@ -19,6 +20,10 @@ from tests.methods import METHODS, STACKS, Method, Spec, use
 
 def by_dotted_path(arguments: list[str]) -> None:
     LightningCLI(args=arguments, save_config_callback=None)
+
+
+def with_the_config_saved(arguments: list[str]) -> None:
+    LightningCLI(args=arguments, save_config_kwargs={"config_filename": "saved.yaml"})
 
 
 def by_short_name(arguments: list[str]) -> None:
@@ -77,7 +82,7 @@ def test_an_argument_of_another_type_than_said_is_flagged() -> None:
 
 def test_another_run_than_in_python_is_flagged() -> None:
     with pytest.raises(AssertionError, match="from YAML, state_dict"):
-        check_yaml(Method("OtherInYAML", [use(f"{WRONG}.OtherInYAML")]), lambda arguments: LightningCLI(args=arguments) and None)
+        check_yaml(Method("OtherInYAML", [use(f"{WRONG}.OtherInYAML")]), with_the_config_saved)
 
 
 def test_a_name_that_is_not_found_is_flagged() -> None:

@@ -66,6 +66,13 @@ class Stream(IterableDataset[tuple[Tensor, ...]]):
         return iter([self.samples[index] for index in range(len(self.samples))])
 
 
+class SizedStream(Stream):
+    """A stream that knows how long it is."""
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
 def train_loader(shuffle: bool = True, **arguments: Any) -> DataLoader[Any]:
     return DataLoader(train_set(), **{"batch_size": BATCH_SIZE, "shuffle": shuffle, **arguments})
 
