@@ -80,7 +80,7 @@ type: $(EDITABLE)  ## mypy, strict
 
 .PHONY: docs
 docs: $(EDITABLE)  ## build the documentation into site/, strictly
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 .PHONY: api
 api: $(EDITABLE)  ## write the snapshot of the public API again, after a change that was meant

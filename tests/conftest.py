@@ -13,7 +13,8 @@ REPO = Path(__file__).resolve().parent.parent
 # many times slower. PYTHONPATH lets a child process import `tests`, from whatever directory it runs in.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
-os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["MPLBACKEND"] = "Agg"
+os.environ["COLUMNS"] = "140"  # how wide tables are printed, whatever terminal this is
 
 import hypothesis
 import numpy as np

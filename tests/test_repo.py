@@ -114,6 +114,17 @@ def test_every_page_is_in_the_navigation() -> None:
     assert [page for page in re.findall(r"'([\w/]+\.md)'", nav) if page not in pages] == []
 
 
+@pytest.mark.parametrize("link, status", [("index.md", 0), ("nowhere.md", 1)])
+def test_make_docs_stops_at_a_broken_link(link: str, status: int, tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/index.md").write_text(f"# Page\n\n[link]({link})\n")
+    (tmp_path / "mkdocs.yml").write_text("site_name: x\ntheme: {name: material, font: false}\n")
+    build = re.search(r"\$\(BIN\)/mkdocs (.*)$", (REPO / "Makefile").read_text(), re.MULTILINE)
+    assert build
+    done = subprocess.run([sys.executable, "-m", "mkdocs", *build[1].split()], cwd=tmp_path, capture_output=True)
+    assert done.returncode == status
+
+
 def test_the_changelog_knows_this_version_or_unreleased_changes() -> None:
     headings = re.findall(r"^## \[([^\]]+)\]", (REPO / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert headings[0] == "Unreleased"

@@ -262,7 +262,7 @@ def test_the_optimizer_of_lightning_cli(monkeypatch: pytest.MonkeyPatch) -> None
         trainer_defaults=QUIET | {"callbacks": [callback], "max_epochs": 1},
         args=[
             "fit",
-            *("--optimizer=SGD", "--optimizer.lr=0.05", "--optimizer.momentum=0.9"),
+            *("--optimizer=torch.optim.SGD", "--optimizer.lr=0.05", "--optimizer.momentum=0.9"),
             *("--lr_scheduler=ExponentialLR", "--lr_scheduler.gamma=0.5"),
         ],
     )
