@@ -1,4 +1,4 @@
-"""The runs that are stopped and resumed, or made on two ranks: each method, and harder data and modules for all of them."""
+"""The runs that are stopped and resumed: each method, and harder data and modules for all of them together."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from tests.conformance.toy import BATCH_SIZE, DictSet, Digits, SizedStream, train_loader, train_set, val_set
+from tests.conformance.toy import (
+    BATCH_SIZE,
+    DictSet,
+    Digits,
+    SizedStream,
+    UnvalidatedDigits,
+    train_loader,
+    train_set,
+    val_set,
+)
 from tests.methods import METHODS, STACKS, Method, Spec, build, use, with_keys
 
 
@@ -75,7 +84,7 @@ WORLD_ROWS = [
     Row("dictionaries", everything(), dicts, keys=("x", "y")),
     Row("a shared weight", everything(), lambda: {"module": partial(Digits, shared=True)}),
     Row("a frozen layer", everything(), lambda: {"module": partial(Digits, frozen=True)}),
-    Row("no validation", everything(), lambda: {"val": None, "val_check_interval": None}),
+    Row("no validation", everything(), lambda: {"module": UnvalidatedDigits, "val": None}),
     Row("SGD and a plateau", everything(), lambda: {"module": partial(Digits, True, "sgd", "ReduceLROnPlateau")}),
     Row("a limit of steps", everything(), lambda: {"max_epochs": -1, "max_steps": 14}),
 ]

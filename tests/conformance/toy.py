@@ -1,4 +1,4 @@
-"""What every method is tried on: real digits, a small module that knows nothing of the package, and one way to fit it."""
+"""What every method is tried on: real digits, a small module that knows nothing of it, and one way to fit."""
 
 from __future__ import annotations
 
@@ -177,6 +177,12 @@ def make_scheduler(name: str, optimizer: torch.optim.Optimizer, steps: int) -> A
     warm_up = lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=4)
     decay = lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, steps - 4))
     return lr_scheduler.SequentialLR(optimizer, [warm_up, decay], milestones=[4])
+
+
+class UnvalidatedDigits(Digits):
+    """Has no validation."""
+
+    validation_step = LightningModule.validation_step
 
 
 class ManualDigits(Digits):
