@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from base64 import b64encode
 from html import escape
 
 from lightning_accel.report.plots import Bar, Line, change_plot, line_plot
@@ -50,16 +51,8 @@ td.no-effect { color: var(--soft); } td.not-reached, td.not-enough-seeds { color
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(460px, 100%), 1fr)); gap: 20px; }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: 12px; }
 figcaption { font-weight: 600; margin-bottom: 6px; } figcaption span { font-weight: 400; margin-left: 12px; }
-svg { width: 100%; height: auto; display: block; } svg text { fill: var(--ink); font-size: 14px; }
-figure.all { grid-column: 1 / -1; } figure.all svg { max-width: 690px; }
-svg .grid { stroke: var(--line); } svg .axis { stroke: var(--soft); }
-svg .one { stroke: var(--ink); stroke-width: 1.4; }
-svg .target { stroke: var(--soft); stroke-dasharray: 5 4; } svg polyline { fill: none; stroke-width: 1.8; }
-svg .plain polyline { stroke: var(--plain); } svg .plain circle { fill: var(--plain); }
-svg .accelerated polyline { stroke: var(--accelerated); } svg .accelerated circle { fill: var(--accelerated); }
-svg .bar { --hue: var(--soft); } svg .better { --hue: var(--good); } svg .worse { --hue: var(--bad); }
-svg .not-reached, svg .not-enough-seeds { --hue: var(--unsure); }
-svg .bar line, svg .bar polyline { stroke: var(--hue); stroke-width: 2; } svg .bar circle { fill: var(--hue); }
+figure img { width: 100%; height: auto; display: block; background: #ffffff; border-radius: 4px; }
+figure.all { grid-column: 1 / -1; } figure.all img { max-width: 760px; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: 12px; overflow-x: auto; }
 code, pre { font: 13px/1.45 ui-monospace, "DejaVu Sans Mono", monospace; } details { margin: 8px 0; }
 summary { cursor: pointer; } footer { margin-top: 40px; font-size: 13px; }
@@ -154,6 +147,11 @@ def _runs(receipt: Receipt) -> str:
     return f'<div class="wide runs">{table}</div>{tails}'
 
 
+def _image(svg: str, alt: str) -> str:
+    """An SVG as part of the page; as an image, so that the names inside one plot can't meet those of another."""
+    return f'<img alt="{alt}" src="data:image/svg+xml;base64,{b64encode(svg.encode()).decode()}">'
+
+
 def _plots(receipt: Receipt) -> str:
     """Metric against time and against steps, every seed of both sides; and all ratios at a glance."""
     key = "".join(f"<span>{_swatch(side)}{side}</span>" for side in SIDES)
@@ -168,7 +166,7 @@ def _plots(receipt: Receipt) -> str:
         drawn = line_plot(lines, label, receipt.metric, receipt.target)
         if drawn:
             title = f"{escape(receipt.metric)} against {'time' if field == 'seconds' else 'steps'}"
-            figures.append(f"<figure><figcaption>{title}{key}</figcaption>{drawn}</figure>")
+            figures.append(f"<figure><figcaption>{title}{key}</figcaption>{_image(drawn, title)}</figure>")
     bars = [
         Bar(row.label, row.change.value, row.change.low, row.change.high, format_change(row), row.verdict)
         for row in receipt.rows
@@ -176,5 +174,7 @@ def _plots(receipt: Receipt) -> str:
     ]
     if bars:
         title = "Every ratio with its 95% interval"
-        figures.append(f'<figure class="all"><figcaption>{title}</figcaption>{change_plot(bars)}</figure>')
+        figures.append(
+            f'<figure class="all"><figcaption>{title}</figcaption>{_image(change_plot(bars), title)}</figure>'
+        )
     return f'<h2>Plots</h2><div class="plots">{"".join(figures)}</div>' if figures else ""
