@@ -168,9 +168,9 @@ class GradualPruning(AccelCallback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Zero the gradients of pruned weights; Lightning clips after this."""
-        pairs = [(weight.grad, mask) for weight, mask in self._pairs(optimizer) if weight.grad is not None]
-        dense = [(grad, mask) for grad, mask in pairs if grad.layout is torch.strided]
-        apply_masks_([grad for grad, _ in dense], [mask for _, mask in dense])
+        pairs = zip((weight.grad for weight in self._weights.values()), self._masks, strict=False)
+        present = [(grad, mask) for grad, mask in pairs if grad is not None]
+        apply_masks_([grad for grad, _ in present], [mask for _, mask in present])
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -226,17 +226,9 @@ class GradualPruning(AccelCallback):
         self._last_update, self._seen_step, self._done = state["last_update"], state["seen_step"], state["done"]
         self._restored = None
 
-    def _pairs(self, optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, Tensor]]:
-        """The pruned weights that ``optimizer`` steps, with their masks."""
-        if not self._masks:
-            return []
-        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        pairs = zip(self._weights.values(), self._masks, strict=True)
-        return [(weight, mask) for weight, mask in pairs if id(weight) in stepped]
-
-    def _mask_weights(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        pairs = self._pairs(optimizer)
-        apply_masks_([weight for weight, _ in pairs], [mask for _, mask in pairs])
+    def _mask_weights(self, *_: Any) -> None:
+        if self._masks:
+            apply_masks_(list(self._weights.values()), self._masks)
 
     def _advance_after_step(self, trainer: Trainer) -> None:
         """Advance if an optimizer step was made since: weights stay as they are within an accumulation window."""

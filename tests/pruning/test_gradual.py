@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 
 import pytest
@@ -14,6 +15,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_accel.errors import NoEffectWarning
+from lightning_accel.hooks import moment
+from lightning_accel.pruning import gradual
 from lightning_accel.pruning.gradual import GradualPruning
 from lightning_accel.schedules import Duration, value_at
 from tests.conftest import WEIGHTS_ONLY
@@ -233,12 +236,15 @@ def test_many_updates_do_not_compound():
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
 def test_amount_0_is_the_plain_run(optimizer):
+    class Check(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            assert not trainer.optimizers[0]._optimizer_step_post_hooks, "nothing is installed"
+
     runs = []
-    for callbacks in ([], [GradualPruning(0.0)]):
+    for callbacks in ([], [GradualPruning(0.0), Check()]):
         torch.manual_seed(1)
         trainer = fit(Tiny(optimizer), *callbacks)
         runs.append(everything(trainer))
-        assert not trainer.optimizers[0]._optimizer_step_post_hooks
     assert_same(*runs)
 
 
@@ -287,6 +293,7 @@ def test_resume_is_exact(batch, accumulate, first):
     assert_same(everything(whole), everything(resumed))
     assert trace.zeros[batch:] == again.zeros
     assert_same(one._masks, other._masks)
+    assert one._num_pruned == other._num_pruned
     assert one.report() == other.report()
 
 
@@ -346,12 +353,15 @@ def test_undo_and_a_second_fit():
     assert zeros(fresh) == round(0.8 * 192)
 
 
-def test_a_fit_that_goes_on_keeps_its_masks():
-    module, pruning, trace = Tiny(), GradualPruning(0.8, 0, 20, 1), Trace()
-    trainer = fit(module, pruning, trace)
+def test_a_fit_that_goes_on_is_like_one_fit():
+    module, pruning, trace = Tiny(), GradualPruning(0.8, 0, 45, 4), Trace()
+    with pytest.warns(UserWarning, match="the fit ended before `end`"):
+        trainer = fit(module, pruning, trace)
     trainer.fit_loop.max_epochs = 5
     trainer.fit(module, loader())
-    assert set(trace.zeros[20:]) == {round(0.8 * 192)} and len(trace.zeros) == 50
+    whole = Trace()
+    fit(Tiny(), GradualPruning(0.8, 0, 45, 4), whole, epochs=5)
+    assert trace.zeros == whole.zeros and len(trace.zeros) == 50
 
 
 def test_an_exception_undoes_the_hooks():
@@ -369,6 +379,16 @@ def test_a_fit_that_ends_before_the_end():
 def test_a_timed_fit_prunes_to_its_end():
     module = Tiny()
     fit(module, GradualPruning(0.9, "0fit", "1fit", "0.1fit"), epochs=-1, max_time={"seconds": 1})
+    assert zeros(module) == round(0.9 * 192)
+
+
+def test_a_fit_that_a_clock_ended_after_the_last_batch_prunes_to_its_end(monkeypatch):
+    class Ended(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            monkeypatch.setattr(gradual, "moment", lambda trainer: dataclasses.replace(moment(trainer), fit=1.0))
+
+    monkeypatch.setattr(gradual, "moment", lambda trainer: dataclasses.replace(moment(trainer), fit=0.99))
+    fit(module := Tiny(), GradualPruning(0.9, "0fit", "1fit", "0.1fit"), Ended(), epochs=1)
     assert zeros(module) == round(0.9 * 192)
 
 
@@ -417,8 +437,14 @@ def test_sparse_gradients_of_an_embedding():
         def configure_optimizers(self):
             return torch.optim.SparseAdam(self.parameters(), lr=0.01)
 
-    module = Words()
-    fit(module, GradualPruning(0.5, 0, 10, 1, include=["embedding"]))
+    class Check(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            weight = pl_module.embedding.weight
+            if pruning._masks and trainer.global_step > 10:
+                assert weight.grad.is_sparse and not weight.grad.to_dense()[pruning._masks[0] == 0].any()
+
+    pruning = GradualPruning(0.5, 0, 10, 1, include=["embedding"])
+    fit(module := Words(), pruning, Check())
     assert int((module.embedding.weight == 0).sum()) == 20
 
 
