@@ -64,7 +64,10 @@ class BatchTransform(AccelCallback):
         raise NotImplementedError
 
     def install(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Wrap ``on_after_batch_transfer`` of whichever of module and datamodule owns it."""
+        """Wrap ``on_after_batch_transfer`` of whichever of module and datamodule owns it; where not neutral."""
+        self._run_seed = self._restored_seed = None
+        if self.is_neutral:
+            return
         if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
             raise MisconfigurationException(
                 f"{type(self).__name__} needs to see each batch, but `training_step` takes a `dataloader_iter` and "
@@ -72,7 +75,6 @@ class BatchTransform(AccelCallback):
             )
         seed = torch.initial_seed() if self.seed is None else self.seed
         self._run_seed = trainer.strategy.broadcast(seed)
-        self._restored_seed = None
         selector = trainer._data_connector._datahook_selector
         assert selector is not None  # attached with the data, before any callback's setup
         owner = selector.get_instance("on_after_batch_transfer")

@@ -111,8 +111,8 @@ class AccumulationWindow(AccelCallback):
         if not stepped and (left := self._seen - self._start) < self._length:
             rank_zero_warn(
                 f"The epoch ended inside an accumulation window: its last {left} batches made no optimizer step, "
-                "because the loader had fewer batches than announced, or its last batch was None. Give it its true "
-                "length, or set `limit_train_batches` to it."
+                "because the epoch was cut short, the loader had fewer batches than announced, or its last batch was "
+                "None. Give it its true length, or set `limit_train_batches` to it."
             )
 
     def state_dict(self) -> dict[str, Any]:

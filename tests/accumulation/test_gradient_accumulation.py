@@ -418,11 +418,6 @@ def test_the_datamodule_and_a_second_fit() -> None:
 # ------------------------------------------------------------------------------------------------------------ resume
 
 
-def cycle(module: Tiny) -> Any:
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
-    return [optimizer], [{"scheduler": OneCycleLR(optimizer, max_lr=0.5, total_steps=30), "interval": "step"}]
-
-
 FACTORS = [3, {0: 3, "8batch": 2, "2epoch": 4}, {0: 1, "0.4fit": 3}]
 
 
@@ -431,7 +426,7 @@ FACTORS = [3, {0: 3, "8batch": 2, "2epoch": 4}, {0: 1, "0.4fit": 3}]
 def test_exact_resume_inside_windows_between_them_and_at_the_end_of_an_epoch(
     tmp_path: Path, factor: Any, on: int
 ) -> None:
-    whole, resumed, first, second = Tiny(cycle), Tiny(cycle), Watch(), Watch()
+    whole, resumed, first, second = Tiny(one_cycle), Tiny(one_cycle), Watch(), Watch()
     path, options = tmp_path / "a.ckpt", {"data": loader(7), "max_epochs": 3}
     fit(whole, GradientAccumulation(factor), ExactResume(), first, save_at("on_train_batch_end", path, on), **options)
     fit(resumed, ExactResume(), GradientAccumulation(factor), second, ckpt_path=path, **options)

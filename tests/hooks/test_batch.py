@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_accel.hooks import BatchTransform, batch_generator
 from tests.hooks.common import (
+    At,
     Data,
     Stop,
     Tiny,
@@ -211,3 +212,16 @@ def test_a_run_resumed_from_an_exception_draws_the_same_for_the_batch_that_faile
 def test_bad_seeds(seed: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="Expected `seed` to be an int of at least 0, but got"):
         Drawing(seed=seed)
+
+
+def test_neutral_settings_install_nothing() -> None:
+    class Neutral(Drawing):
+        is_neutral = True
+
+    seen: list[bool] = []
+    callback = Neutral(seed=0)
+    note = At("on_train_start", lambda _, module: seen.append("on_after_batch_transfer" in vars(module)))
+    fit(Tiny(), callback, note)
+    assert seen == [False]
+    assert callback.draws == []
+    assert callback.state_dict() == {}
