@@ -39,8 +39,6 @@ try:
 except ImportError:  # Python 3.10
     tomllib = None  # type: ignore[assignment]
 
-# Left out of `make quick`: it compares four runs, each in a process of its own.
-SLOW = {"docs/guides/first_receipt.md"}
 PAGES = [path.relative_to(REPO).as_posix() for path in sorted([*REPO.glob("*.md"), *REPO.glob("docs/**/*.md")])]
 MODULES = [
     path.relative_to(REPO).with_suffix("").as_posix().replace("/", ".")
@@ -89,6 +87,12 @@ def read_blocks(page: str, text: str) -> list[Block]:
         )
         above, index = "", end + 1
     return blocks
+
+
+def is_slow(page: str) -> bool:
+    """Whether a page starts processes that import torch, and is left out of `make quick`."""
+    blocks = read_blocks(page, (REPO / page).read_text())
+    return any(re.search(r"^(lightning-accel|python) ", block.code, re.MULTILINE) for block in blocks)
 
 
 class TinyModule(LightningModule):
@@ -316,7 +320,7 @@ def quiet_trainer(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 # Lightning's advice for large runs: workers, log intervals, a validation_step without a loader
 @pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
-@pytest.mark.parametrize("page", [pytest.param(page, marks=[pytest.mark.slow] * (page in SLOW)) for page in PAGES])
+@pytest.mark.parametrize("page", [pytest.param(page, marks=[pytest.mark.slow] * is_slow(page)) for page in PAGES])
 def test_page(page: str, own_directory: Path, quiet_trainer: None) -> None:
     runner = Page(page)
     # examples/ and benchmarks/ are named from the root of a checkout
