@@ -58,7 +58,7 @@ class Method:
     accumulation: str = ""
     """The regular expression of its refusal of ``Trainer(accumulate_grad_batches=2)``; empty where it works."""
     single: float | None = 1e-6
-    """How far two ranks' weights may be from one rank's at the same global batch; ``None`` where they need not agree."""
+    """How far two ranks' weights may be from one's at the same global batch; ``None`` where they need not agree."""
     not_single: str = ""
     """Why they need not agree."""
     bad: tuple[tuple[dict[str, Any], type[Exception], str], ...] = ()

@@ -81,7 +81,6 @@ def save_trace(path: Path, trace: dict[int, float]) -> None:
 
 def make_runs(folder: Path, names: list[str], filters: list[str]) -> None:
     """Both processes, one after the other."""
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "rows.json").write_text(json.dumps({"names": names, "filters": filters}))
     for number, phase in enumerate(["uninterrupted", "resumed"]):
         wait([start("tests.conformance.resume", phase, str(folder), PYTHONHASHSEED=str(number + 1))])

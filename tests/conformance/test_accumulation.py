@@ -7,9 +7,9 @@ import math
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from tests.conformance.cases import cases, wrong
 from tests.conformance.toy import BATCHES, EPOCHS, run
-from tests.conformance.wrong import wrong
-from tests.methods import METHODS, STACKS, Method
+from tests.methods import Method
 
 STEPS = [batch + epoch * BATCHES for epoch in range(EPOCHS) for batch in [2, 4, 6, 8, 9]]
 
@@ -25,7 +25,7 @@ def check_accumulation(method: Method) -> None:
     assert all(math.isfinite(loss) for loss in result.trace.values())
 
 
-@pytest.mark.parametrize("method", [*METHODS, *STACKS], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", cases())
 def test_accumulation(method: Method) -> None:
     check_accumulation(method)
 

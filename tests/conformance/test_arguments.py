@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.conformance.cases import cases, wrong
 from tests.conformance.toy import run
-from tests.conformance.wrong import wrong
 from tests.methods import METHODS, Method, build, find_class, use
 
 # Rows that configure a class which another row has already.
@@ -67,7 +67,7 @@ def test_every_argument_that_can_be_checked_has_a_bad_value(method: Method) -> N
     assert names <= {name for arguments, *_ in method.bad for name in arguments}
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+@pytest.mark.parametrize("method", cases(METHODS))
 def test_unchanged_arguments(method: Method) -> None:
     check_unchanged_arguments(method)
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.conformance.cases import SAMPLE, cases, wrong
 from tests.conformance.toy import Digits, assert_close, run
-from tests.conformance.wrong import wrong
-from tests.methods import METHODS, STACKS, Method
+from tests.methods import Method
 
 # dynamo itself looks at the gradient of a tensor that is passed on after a break in the graph
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
@@ -26,7 +26,7 @@ def forgotten_graphs() -> Iterator[None]:
 
 
 class CompilableDigits(Digits):
-    """Keeps ``log`` out of the graph: dynamo of torch 2.13 stops at what Lightning does there, with any method or none."""
+    """Keeps ``log`` out of the graph: dynamo of torch 2.13 stops at what Lightning does there, without any method."""
 
     @torch.compiler.disable
     def log(self, *args: Any, **kwargs: Any) -> None:
@@ -47,11 +47,7 @@ def check_compile(method: Method) -> None:
     assert_close(compiled.weights, eager.weights, 1e-6, "the compiled module")
 
 
-@pytest.mark.parametrize(
-    "method",
-    [pytest.param(method, marks=[] if method is METHODS[0] else pytest.mark.slow) for method in [*METHODS, *STACKS]],
-    ids=lambda m: m.name,
-)
+@pytest.mark.parametrize("method", cases(quick=SAMPLE))
 def test_compile(method: Method) -> None:
     check_compile(method)
 

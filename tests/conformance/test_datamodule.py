@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from tests.conformance.cases import SAMPLE, cases, wrong
 from tests.conformance.toy import HookedData, HookedDigits, assert_same_training, plain_run, run, trained_otherwise
-from tests.conformance.wrong import wrong
-from tests.methods import METHODS, STACKS, Method
+from tests.methods import Method
 
 
 def check_datamodule(method: Method) -> None:
@@ -15,7 +15,7 @@ def check_datamodule(method: Method) -> None:
     assert_same_training(result, run(method.make(), HookedDigits), "the hook in the datamodule and in the module")
 
 
-@pytest.mark.parametrize("method", [*METHODS, *STACKS], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", cases(quick=SAMPLE))
 def test_datamodule(method: Method) -> None:
     check_datamodule(method)
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from tests.conformance.cases import cases, wrong
 from tests.conformance.toy import ManualDigits, plain_run, run, trained_otherwise
-from tests.conformance.wrong import wrong
-from tests.methods import METHODS, STACKS, Method
+from tests.methods import Method
 
 
 def check_manual(method: Method) -> None:
@@ -25,7 +25,7 @@ def check_manual(method: Method) -> None:
     assert method.silent or trained_otherwise(result, plain_run(ManualDigits)), "it does nothing"
 
 
-@pytest.mark.parametrize("method", [*METHODS, *STACKS], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", cases())
 def test_manual(method: Method) -> None:
     check_manual(method)
 

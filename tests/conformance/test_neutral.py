@@ -7,9 +7,9 @@ from functools import partial
 import pytest
 
 from lightning_accel import NoEffectWarning
+from tests.conformance.cases import cases, wrong
 from tests.conformance.toy import Digits, assert_same_training, plain_run, run, trained_otherwise
-from tests.conformance.wrong import wrong
-from tests.methods import METHODS, STACKS, Method
+from tests.methods import METHODS, Method
 
 MODULES = {"adamw": Digits, "sgd": partial(Digits, optimizer="sgd", scheduler="SequentialLR")}
 
@@ -34,12 +34,12 @@ def check_acts(method: Method) -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+@pytest.mark.parametrize("method", cases(METHODS))
 def test_neutral(method: Method, module: str) -> None:
     check_neutral(method, module)
 
 
-@pytest.mark.parametrize("method", [*METHODS, *STACKS], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", cases())
 def test_acts(method: Method) -> None:
     check_acts(method)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conformance.cases import cases, wrong
 from tests.conformance.ranks import METHOD_ROWS, RESUME_ROWS, check_replicas, check_resumed_replicas, check_single
-from tests.conformance.wrong import wrong
 from tests.methods import METHODS, STACKS, Method
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks"), pytest.mark.timeout(900)]
@@ -25,7 +25,7 @@ def test_as_on_one_rank(rank_runs: Path, name: str, method: Method) -> None:
     check_single(rank_runs, method)
 
 
-@pytest.mark.parametrize("method", [*METHODS, *STACKS], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", cases())
 def test_what_differs_from_one_rank_says_why(method: Method) -> None:
     assert (method.single is None) == bool(method.not_single)
 

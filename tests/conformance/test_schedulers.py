@@ -8,8 +8,8 @@ import pytest
 import torch
 from lightning.pytorch import seed_everything
 
+from tests.conformance.cases import SAMPLE, cases, wrong
 from tests.conformance.toy import EPOCHS, Digits, make_scheduler, run
-from tests.conformance.wrong import wrong
 from tests.methods import METHODS, STACKS, Method
 
 SCHEDULERS = ["LambdaLR", "OneCycleLR", "ReduceLROnPlateau", "SequentialLR"]
@@ -52,12 +52,12 @@ def check_rate_is_used(method: Method) -> None:
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("method", [*METHODS, STACKS[-1]], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", cases([*METHODS, STACKS[-1]], quick=SAMPLE))
 def test_schedulers(method: Method, scheduler: str) -> None:
     check_schedulers(method, scheduler)
 
 
-@pytest.mark.parametrize("method", [*METHODS, STACKS[-1]], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", cases([*METHODS, STACKS[-1]], quick=SAMPLE))
 def test_rate_is_used(method: Method) -> None:
     check_rate_is_used(method)
 

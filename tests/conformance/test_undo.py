@@ -9,9 +9,9 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 
+from tests.conformance.cases import SAMPLE, cases, wrong
 from tests.conformance.toy import Digits, DigitsData, assert_same_training, make_trainer, run
-from tests.conformance.wrong import wrong
-from tests.methods import METHODS, STACKS, Method
+from tests.methods import Method
 
 # Says how the training went or has addresses in it: not how the objects are set up.
 COUNTERS = {"_batches_that_stepped", "_metric_attributes"}
@@ -118,21 +118,18 @@ def check_same_trainer(method: Method) -> None:
     assert trainer.global_step > steps
 
 
-ALL = [*METHODS, *STACKS]
-
-
 @pytest.mark.parametrize("fails", [False, True], ids=["end", "exception"])
-@pytest.mark.parametrize("method", ALL, ids=lambda m: m.name)
+@pytest.mark.parametrize("method", cases(quick=SAMPLE))
 def test_undo(method: Method, fails: bool) -> None:
     check_undo(method, fails)
 
 
-@pytest.mark.parametrize("method", ALL, ids=lambda m: m.name)
+@pytest.mark.parametrize("method", cases(quick=SAMPLE))
 def test_second_fit(method: Method) -> None:
     check_second_fit(method)
 
 
-@pytest.mark.parametrize("method", ALL, ids=lambda m: m.name)
+@pytest.mark.parametrize("method", cases(quick=SAMPLE))
 def test_same_trainer(method: Method) -> None:
     check_same_trainer(method)
 

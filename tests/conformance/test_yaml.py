@@ -13,6 +13,7 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_accel.cli.main import main
+from tests.conformance.cases import SAMPLE, cases
 from tests.conformance.toy import SETTINGS, TRAINED, DigitsData, assert_equal, run
 from tests.conformance.wrong_methods import __name__ as WRONG
 from tests.methods import METHODS, STACKS, Method, Spec, use
@@ -63,14 +64,7 @@ def bare_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("front_end", [by_dotted_path, by_short_name])
-@pytest.mark.parametrize(
-    "method",
-    [
-        pytest.param(method, marks=[] if method in (METHODS[0], STACKS[-1]) else pytest.mark.slow)
-        for method in [*METHODS, STACKS[-1]]
-    ],
-    ids=lambda m: m.name,
-)
+@pytest.mark.parametrize("method", cases([*METHODS, STACKS[-1]], quick=SAMPLE))
 def test_yaml(method: Method, front_end: Callable[[list[str]], None]) -> None:
     check_yaml(method, front_end)
 
