@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch.utils.data import DistributedSampler
 
+from tests.conformance.compare import assert_close, assert_equal
 from tests.conformance.processes import start, wait
 from tests.conformance.rows import EXACT, WRONG, Row, everything
-from tests.conformance.toy import BATCH_SIZE, Digits, assert_close, assert_equal, run, train_loader, train_set
+from tests.conformance.toy import BATCH_SIZE, Digits, run, train_loader, train_set
 from tests.methods import METHODS, STACKS, Method, use
 
 RANKS = 2

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
+from tests.conformance.compare import assert_equal
 from tests.conformance.processes import start, wait
 from tests.conformance.rows import METHOD_ROWS, RIGHT_ROWS, WORLD_ROWS, WRONG_ROWS, Row
-from tests.conformance.toy import assert_equal, run
+from tests.conformance.toy import run
 
 ROWS = {row.name: row for row in [*METHOD_ROWS, *WORLD_ROWS, *WRONG_ROWS, *RIGHT_ROWS]}
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tests.conformance.cases import SAMPLE, cases, wrong
-from tests.conformance.toy import Digits, assert_close, run
+from tests.conformance.compare import assert_close
+from tests.conformance.toy import Digits, run
 from tests.methods import Method
 
 # dynamo itself looks at the gradient of a tensor that is passed on after a break in the graph

@@ -14,7 +14,8 @@ from lightning.pytorch.cli import LightningCLI
 
 from lightning_accel.cli.main import main
 from tests.conformance.cases import SAMPLE, cases
-from tests.conformance.toy import SETTINGS, TRAINED, DigitsData, assert_equal, run
+from tests.conformance.compare import assert_equal
+from tests.conformance.toy import SETTINGS, TRAINED, DigitsData, run
 from tests.conformance.wrong_methods import __name__ as WRONG
 from tests.methods import METHODS, STACKS, Method, Spec, use
 
