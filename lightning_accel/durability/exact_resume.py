@@ -115,6 +115,7 @@ class ExactResume(AccelCallback):
             if where in data.EPOCH_BOUNDARY
             else [replay.position(loader, unused) for loader in loaders],
             "generators": [replay.generator_states(loader) for loader in loaders],
+            "sampler_seeds": [replay.sampler_seeds(loader) for loader in loaders],
             "stateful": [loader.state_dict() for loader in data.stateful_loaders(trainer, own=replay.is_watched)],
             "validation": [
                 {"started": getattr(loader, "_iterator", None) is not None, "states": replay.generator_states(loader)}
@@ -161,6 +162,8 @@ class ExactResume(AccelCallback):
         if state is None:
             original()
         else:
+            for loader, seeds in zip(loaders, state["sampler_seeds"], strict=False):
+                replay.set_sampler_seeds(loader, seeds)
             state["stateful"] = state["stateful"] or data.saved_loader_states(trainer)
             if where not in data.EPOCH_BOUNDARY:
                 _load_stateful(trainer, state["stateful"])

@@ -32,7 +32,9 @@ __all__ = [
     "is_watched",
     "position",
     "rewind",
+    "sampler_seeds",
     "set_generator_states",
+    "set_sampler_seeds",
     "unwatch",
     "watch",
     "why_not_exact",
@@ -293,6 +295,23 @@ def set_generator_states(loader: object, states: list[torch.Tensor]) -> None:
     """Set what :func:`generator_states` read."""
     for generator, state in zip(_generators(loader), states, strict=False):
         generator.set_state(state.cpu())
+
+
+def sampler_seeds(loader: object) -> list[int]:
+    """The seeds of the samplers of ``loader`` that shuffle by a seed and the epoch, such as a DistributedSampler."""
+    return [sampler.seed for sampler in _seeded(loader)]
+
+
+def set_sampler_seeds(loader: object, seeds: list[int]) -> None:
+    """Set what :func:`sampler_seeds` read."""
+    for sampler, seed in zip(_seeded(loader), seeds, strict=False):
+        sampler.seed = seed
+
+
+def _seeded(loader: object) -> list[Any]:
+    samplers = [getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)]
+    seeded = {id(sampler): sampler for sampler in samplers if isinstance(getattr(sampler, "seed", None), int)}
+    return list(seeded.values())
 
 
 def _generators(loader: object) -> list[torch.Generator]:

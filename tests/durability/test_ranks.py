@@ -12,6 +12,7 @@ import torch
 from tests.durability.runs import differences
 
 TRAIN = """
+import os
 import sys
 from pathlib import Path
 import torch
@@ -37,6 +38,7 @@ folder, resume = Path(sys.argv[1]), sys.argv[2:]
 
 if __name__ == "__main__":
     runs.seed(0 if not resume else 77)
+    os.environ["PL_GLOBAL_SEED"] = "77" if resume else "0"  # a new DistributedSampler takes its seed from there
     trainer = Trainer(
         accelerator="cpu", devices=2, strategy="ddp_fork", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, max_epochs=4, accumulate_grad_batches=2,
