@@ -97,13 +97,9 @@ class Plan:
         plan._joined.add(id(callback))
         for other in callbacks:
             other.plan = plan
-        try:
-            plan._order_trainer_callbacks()
-            for other in plan.callbacks:
-                other.install(trainer, pl_module)
-        except BaseException:
-            plan.undo()
-            raise
+        plan._order_trainer_callbacks()
+        for other in plan.callbacks:
+            other.install(trainer, pl_module)
         if trainer.is_global_zero and not trainer.barebones:
             from rich import print as rich_print
 

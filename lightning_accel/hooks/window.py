@@ -55,7 +55,6 @@ class AccumulationWindow(AccelCallback):
         self._start, self._length, self._seen, self._restored, self._estimate = 0, 1, None, False, None
         if self.is_neutral:
             return
-        pl_module.zero_grad()  # left by another fit, they would pass for the partial gradients of a resumed window
         loop = trainer.fit_loop.epoch_loop
         self.on_undo(lambda: setattr(trainer, "accumulate_grad_batches", 1))
         self.patch(loop, "_accumulated_batches_reached", lambda _: self._complete(trainer))

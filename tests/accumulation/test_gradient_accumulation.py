@@ -177,6 +177,17 @@ def test_a_fraction_of_an_endless_fit_is_refused() -> None:
         fit(Tiny(), GradientAccumulation({"0.5fit": 2}), max_epochs=-1)
 
 
+def test_the_loss_is_divided_by_what_really_is_in_the_window() -> None:
+    """So the gradients of a short window need no second look where the length is known."""
+    module, watch, scales = Tiny(lr=1e-12), Watch(), []
+    note = At("on_train_batch_start", lambda trainer, _: scales.append(trainer.accumulate_grad_batches))
+    fit(module, GradientAccumulation(3), watch, note)
+    with torch.no_grad():
+        whole = [Tiny().loss(batch).item() for batch in loader()]
+    assert scales == [3, 3, 3, 2, 2]
+    assert watch.losses == pytest.approx([loss / scale for loss, scale in zip(whole, scales, strict=True)])
+
+
 def test_what_the_built_in_gets_wrong_in_the_short_last_window() -> None:
     """Lightning divides it by the whole factor; when that changes, the page must too."""
     module, watch = Tiny(), Watch()

@@ -321,6 +321,15 @@ def test_the_total_of_processed_batches_numbers_them_alike_after_an_exception(tm
     assert (counts[0][2] > done + 1) == (done == 2)
 
 
+def test_gradients_that_another_fit_left_are_gone_when_training_starts() -> None:
+    """Or they would pass for the partial gradients of an accumulation window that is resumed."""
+    module, seen = Tiny(), []
+    fit(module)
+    assert module.layer.weight.grad is not None
+    fit(module, At("on_train_start", lambda _, module: seen.append(module.layer.weight.grad)))
+    assert seen == [None]
+
+
 def test_the_strategy_is_torn_down_after_every_callback_has_seen_the_exception() -> None:
     events: list[str] = []
 
