@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_accel.augment.target import mix_targets
 from lightning_accel.augment.transform import (
-    Transform,
+    PairMix,
     check_images,
     check_pair,
     draw_beta,
@@ -23,7 +23,7 @@ from lightning_accel.augment.transform import (
     select_samples,
     uniform,
 )
-from lightning_accel.errors import check_fraction, check_number
+from lightning_accel.errors import check_number
 
 __all__ = ["CutMix", "cutmix_batch", "draw_boxes"]
 
@@ -110,7 +110,7 @@ def cutmix_batch(
     return paste(x), map_target(y, paste) if is_spatial(x, y) else mix_targets(y, indices, lam)
 
 
-class CutMix(Transform):
+class CutMix(PairMix):
     """Paste a rectangle of another image of the batch into each, and mix the losses by its area.
 
     Args:
@@ -123,34 +123,16 @@ class CutMix(Transform):
         >>> loss = torch.nn.functional.cross_entropy(torch.rand(4, 10), y)  # of the mix
     """
 
-    needs_target = True
-
     def __init__(self, alpha: float = 1.0, per_sample: bool = False, p: float = 1.0) -> None:
-        super().__init__()
-        self.alpha = check_number("alpha", alpha, 0, float("inf"), open_high=True)
-        self.per_sample = per_sample
-        self.p = check_fraction("p", p)
-
-    @property
-    def is_neutral(self) -> bool:
-        """Whether nothing is ever pasted."""
-        return self.alpha == 0 or self.p == 0
+        super().__init__(alpha, per_sample, p)
 
     def forward(self, x: Tensor, y: Tensor | None, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
-        """Mix the batch with itself."""
-        assert y is not None  # `needs_target`
-        if self.is_neutral:
-            return x, y
-        check_images(x, "CutMix")
-        count = len(x) if self.per_sample else 1
-        lam = draw_beta(self.alpha, count, generator)
-        if self.p < 1:
-            lam = lam.where(uniform(count, generator) < self.p, 1.0)
-            if not self.per_sample and lam == 1:
-                return x, y
+        """Mix the batch with itself; only images have rectangles."""
+        if not self.is_neutral:
+            check_images(x, "CutMix")
+        return super().forward(x, y, generator)
+
+    def mix(self, x: Tensor, y: Tensor, lam: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Cut and paste by the shares drawn."""
         boxes = torch.stack(draw_boxes(lam, x.shape[-2], x.shape[-1], generator))
         return cutmix_batch(x, y, boxes=boxes if self.per_sample else boxes[:, 0], generator=generator)
-
-    def extra_repr(self) -> str:
-        """The arguments."""
-        return f"alpha={self.alpha}, per_sample={self.per_sample}, p={self.p}"

@@ -10,14 +10,13 @@ from torch import Tensor
 
 from lightning_accel.augment.target import mix_targets
 from lightning_accel.augment.transform import (
-    Transform,
+    PairMix,
     check_pair,
     draw_beta,
     draw_permutation,
     select_samples,
-    uniform,
 )
-from lightning_accel.errors import check_fraction, check_number
+from lightning_accel.errors import check_number
 
 __all__ = ["MixUp", "mixup_batch"]
 
@@ -65,7 +64,7 @@ def mixup_batch(
     return select_samples(x, indices).lerp_(x, share.to(x.dtype)), mix_targets(y, indices, lam)
 
 
-class MixUp(Transform):
+class MixUp(PairMix):
     """Average each sample of the batch with another one, and their losses likewise.
 
     Args:
@@ -78,32 +77,9 @@ class MixUp(Transform):
         >>> loss = torch.nn.functional.cross_entropy(torch.rand(4, 10), y)  # of the mix
     """
 
-    needs_target = True
-
     def __init__(self, alpha: float = 0.2, per_sample: bool = False, p: float = 1.0) -> None:
-        super().__init__()
-        self.alpha = check_number("alpha", alpha, 0, float("inf"), open_high=True)
-        self.per_sample = per_sample
-        self.p = check_fraction("p", p)
+        super().__init__(alpha, per_sample, p)
 
-    @property
-    def is_neutral(self) -> bool:
-        """Whether nothing is ever mixed."""
-        return self.alpha == 0 or self.p == 0
-
-    def forward(self, x: Tensor, y: Tensor | None, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
-        """Mix the batch with itself."""
-        assert y is not None  # `needs_target`
-        if self.is_neutral:
-            return x, y
-        count = len(x) if self.per_sample else 1
-        lam = draw_beta(self.alpha, count, generator)
-        if self.p < 1:
-            lam = lam.where(uniform(count, generator) < self.p, 1.0)
-            if not self.per_sample and lam == 1:
-                return x, y
+    def mix(self, x: Tensor, y: Tensor, lam: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Average by the shares drawn."""
         return mixup_batch(x, y, lam=lam if self.per_sample else lam[0], generator=generator)
-
-    def extra_repr(self) -> str:
-        """The arguments."""
-        return f"alpha={self.alpha}, per_sample={self.per_sample}, p={self.p}"

@@ -8,8 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from lightning_accel.augment.target import MixedTarget
+from lightning_accel.errors import check_fraction, check_number
 
-__all__ = ["Transform", "check_images", "check_pair", "draw_beta", "draw_permutation", "is_spatial", "select_samples"]
+__all__ = [
+    "PairMix",
+    "Transform",
+    "check_images",
+    "check_pair",
+    "draw_beta",
+    "draw_permutation",
+    "is_spatial",
+    "select_samples",
+]
 
 
 class Transform(nn.Module):
@@ -43,6 +53,50 @@ class Transform(nn.Module):
     def forward(self, x: Tensor, y: Tensor | None, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
         """Return the changed input and target; to be overridden."""
         raise NotImplementedError
+
+
+class PairMix(Transform):
+    """A transform that mixes pairs of samples, and their targets, by a share drawn from Beta(alpha, alpha).
+
+    Args:
+        alpha: The share is drawn from Beta(alpha, alpha). 0 returns the batch itself.
+        per_sample: Whether each sample has its own share, instead of one for the batch.
+        p: Probability that a batch (with ``per_sample``, a sample) is mixed at all, in [0, 1].
+    """
+
+    needs_target = True
+
+    def __init__(self, alpha: float, per_sample: bool, p: float) -> None:
+        super().__init__()
+        self.alpha = check_number("alpha", alpha, 0, float("inf"), open_high=True)
+        self.per_sample = per_sample
+        self.p = check_fraction("p", p)
+
+    @property
+    def is_neutral(self) -> bool:
+        """Whether nothing is ever mixed."""
+        return self.alpha == 0 or self.p == 0
+
+    def mix(self, x: Tensor, y: Tensor, lam: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Mix the batch with itself; ``lam`` has the share of the sample itself, (B,) or (1,). To be overridden."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, y: Tensor | None, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
+        """Draw the shares and mix the batch with itself."""
+        assert y is not None  # `needs_target`
+        if self.is_neutral:
+            return x, y
+        count = len(x) if self.per_sample else 1
+        lam = draw_beta(self.alpha, count, generator)
+        if self.p < 1:
+            lam = lam.where(uniform(count, generator) < self.p, 1.0)
+            if not self.per_sample and lam == 1:
+                return x, y
+        return self.mix(x, y, lam, generator)
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return f"alpha={self.alpha}, per_sample={self.per_sample}, p={self.p}"
 
 
 def check_images(x: Tensor, method: Literal["CutMix", "RandomCrop", "RandomHorizontalFlip"]) -> None:

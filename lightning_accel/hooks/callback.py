@@ -117,7 +117,6 @@ class AccelCallback(Callback):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__()
-        self.arguments: dict[str, Any] = arguments
         self.plan: Plan | None = None
         # Lightning asks for the key at every hook; and the caller may change an argument later
         self._key = self._generate_state_key(**{name: _plain(value) for name, value in arguments.items()})

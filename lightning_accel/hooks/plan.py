@@ -111,7 +111,7 @@ class Plan:
 
         table = Table(title="lightning_accel plan", title_justify="left")
         for heading in ("", "method", "touches", "acts", "expected to change"):
-            table.add_column(heading)
+            table.add_column(heading, no_wrap=heading == "method")  # a name cut short can't be looked up
         for number, callback in enumerate(self.callbacks, start=1):
             contract = callback.contract
             touches = ", ".join(name for name in TOUCHABLE if name in contract.touches)

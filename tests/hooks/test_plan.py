@@ -177,6 +177,14 @@ def test_the_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
     ]
 
 
+def test_a_narrow_table_has_whole_names(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    words = "at the start of each window of batches, and once more at its end"
+    long = named("GradientAccumulationWindow", "accumulation window", "gradients", acts=words, expects=words)
+    fit(Tiny(), long)
+    assert "GradientAccumulationWindow" in capsys.readouterr().out
+
+
 def test_no_table_in_a_barebones_fit_nor_on_other_ranks(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
