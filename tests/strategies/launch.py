@@ -1,8 +1,8 @@
-"""Scenarios on several ranks on the CPU: one launch of processes runs many scenarios, and keeps what each rank returned.
+"""Scenarios on several ranks on the CPU: one launch of processes runs many, and keeps what each rank returned.
 
 A module of scenarios ends with ``if __name__ == "__main__": serve({"name": function, ...})``; a test calls
 ``launch("tests.strategies.that_module", folder, ["name", ...], ranks=2)`` once (in a fixture shared by its tests), then
-``outcome(folder, "name", rank)``. A function gets the folder and returns tensors, numbers, strings and containers of them.
+``outcome(folder, "name", rank)``. A function gets the folder and returns tensors, numbers, strings, or lists of them.
 """
 
 from __future__ import annotations
