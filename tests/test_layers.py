@@ -105,7 +105,8 @@ def import_breaches(module: str, tree: ast.AST) -> Iterator[str]:
     named = [name for _, name in imports(tree)]
     uses_lightning = any(name.split(".")[0] in {"lightning", "pytorch_lightning", "lightning_fabric"} for name in named)
     uses_hooks = any(part_of(name) == "hooks" for name in named if name.startswith(f"{PACKAGE}."))
-    pure = part in BASE or (part in METHODS and not uses_hooks)
+    # a strategy is a subclass of one of Lightning's, and may need nothing of the hooks
+    pure = part in BASE or (part in METHODS - {"strategies"} and not uses_hooks)
     if pure and uses_lightning:
         yield "imports Lightning, but is no callback: pure functions know torch only"
     for name in named:
@@ -208,6 +209,7 @@ WRONG = {
 }
 RIGHT = {
     "a callback knows Lightning": ("augment.x", "from lightning_accel.hooks import X\nfrom lightning import Trainer"),
+    "a strategy knows Lightning": ("strategies.x", "from lightning.pytorch.strategies import DDPStrategy"),
     "its own folder": ("augment.x", "from lightning_accel.augment.mixup import mixup_batch"),
     "optional where it is used": ("optimizers.low_bit", "def f():\n    import bitsandbytes"),
     "optional for types": ("optimizers.low_bit", "if TYPE_CHECKING:\n    import bitsandbytes"),
