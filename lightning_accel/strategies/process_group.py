@@ -1,0 +1,263 @@
+"""A process group that a restarted run can join, and that says what happened when a rank is lost.
+
+``torchrun`` keeps one store for all restarts of a run, and torch's own start-up reads the addresses that ranks of the
+last start left there: they are dead, so that a restart under gloo fails as well. Here the ranks of one start meet
+first. Rank 0 opens a round in the store and waits for the others; who belongs to an earlier start is left out, and the
+process group is made under the round's name. Counting ``TORCHELASTIC_RESTART_COUNT`` is not enough: with two machines
+each agent counts its own restarts.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import re
+import signal
+import socket
+import time
+import uuid
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed does not declare them
+
+__all__ = ["DEFAULT_START_TIMEOUT", "DEFAULT_TIMEOUT", "Environment", "explain_lost_peer", "init_process_group"]
+
+DEFAULT_TIMEOUT = timedelta(minutes=30)
+"""How long a collective may take: torch's own default."""
+DEFAULT_START_TIMEOUT = timedelta(minutes=5)
+"""How long ranks wait for one another at the start."""
+
+_LOST = re.compile(
+    r"closed by peer|reset by peer|Broken pipe|Socket closed|remote process exited|Connection refused|"
+    r"no error|failed to (send|recv)|Application timeout|ncclRemoteError|ncclSystemError",
+    re.IGNORECASE,
+)
+_LATE = re.compile(r"timed? ?out|timeout", re.IGNORECASE)
+
+
+class Environment(Protocol):
+    """What is needed of Lightning's ``ClusterEnvironment``."""
+
+    @property
+    def main_address(self) -> str:
+        """Where rank 0 is."""
+
+    @property
+    def main_port(self) -> int:
+        """The port of the store."""
+
+    def global_rank(self) -> int:
+        """The rank of this process."""
+
+    def world_size(self) -> int:
+        """How many processes there are."""
+
+
+# Of the process group that was made last: one entry a rank, with "host" and "pid".
+_peers: list[dict[str, Any]] = []
+_timeout = DEFAULT_TIMEOUT
+
+
+def init_process_group(
+    environment: Environment,
+    backend: str,
+    *,
+    timeout: timedelta = DEFAULT_TIMEOUT,
+    start_timeout: timedelta = DEFAULT_START_TIMEOUT,
+    device_id: torch.device | None = None,
+) -> None:
+    """Make the default process group; does nothing where there is one already.
+
+    Args:
+        environment: Says where rank 0 is, and which rank this is: a Lightning ``ClusterEnvironment``.
+        backend: ``"gloo"``, ``"nccl"``, ...
+        timeout: How long a collective may take before it fails.
+        start_timeout: How long to wait for the other ranks at the start.
+        device_id: The rank's GPU, to which NCCL is then bound.
+
+    Raises:
+        RuntimeError: Where the port is in use, rank 0 can't be reached, or a rank did not come; it says which.
+    """
+    global _timeout
+    if dist.is_initialized():
+        return
+    rank, world_size = environment.global_rank(), environment.world_size()
+    address, port = environment.main_address, environment.main_port
+    # for code that reads them, as Lightning and torch's own start-up set them
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
+    store = _open_store(address, port, rank, start_timeout)
+    where = f"MASTER_ADDR={address} MASTER_PORT={port}"
+    name, peers = _meet(store, rank, world_size, start_timeout, where)
+    store.set_timeout(timeout)
+    try:
+        dist.init_process_group(
+            backend,
+            store=PrefixStore(name, store),
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+            device_id=device_id,
+        )
+    except (dist.DistError, RuntimeError) as error:
+        variable = "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
+        raise RuntimeError(
+            f"Rank {rank}: all {world_size} ranks met at {where}, but could not connect with one another over "
+            f"{backend}. Where a machine has several network interfaces, set {variable} to the one that reaches the "
+            f"other machines (`ip addr` lists them). The cause: {error}"
+        ) from error
+    _peers[:] = peers
+    _timeout = timeout
+    if backend == "nccl":
+        atexit.register(_destroy)
+
+
+def _open_store(address: str, port: int, rank: int, timeout: timedelta) -> TCPStore:
+    """Connect to the store; rank 0 serves it, unless torchrun's agent does."""
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        return TCPStore(address, port, is_master=serves, timeout=timeout, wait_for_workers=False, multi_tenant=True)
+    except (dist.DistError, RuntimeError) as error:
+        text = str(error)
+        if "EADDRINUSE" in text or "address already in use" in text.lower():
+            raise RuntimeError(
+                f"Rank 0 can't use port {port}, since another process does: perhaps a run that is still going, or that "
+                f"was left over (`ss -ltnp 'sport = :{port}'` shows it). Set MASTER_PORT to a free port on every rank."
+            ) from error
+        if serves:
+            raise RuntimeError(f"Rank 0 can't serve at port {port}: {text}") from error
+        raise RuntimeError(
+            f"Rank {rank} could not reach rank 0 at MASTER_ADDR={address} MASTER_PORT={port} within "
+            f"{timeout.total_seconds():g} s. Either rank 0 did not start (its own output says why), or the address is "
+            f"not the one of its machine, or a firewall is between. The cause: {text}"
+        ) from error
+
+
+def _meet(store: Store, rank: int, world_size: int, timeout: timedelta, where: str) -> tuple[str, list[dict[str, Any]]]:
+    """Wait until every rank of this start is there; return the round's name and who they are."""
+    me = {"token": uuid.uuid4().hex, "host": socket.gethostname(), "space": _pid_space(), "pid": os.getpid()}
+    deadline = time.monotonic() + timeout.total_seconds()
+    number = store.add("accel/round", 1) if rank == 0 else 0
+    pause = 0.01
+    while True:
+        if rank > 0:
+            number = store.add("accel/round", 0)  # 0 until rank 0 has opened the first
+        keys = [f"accel/{number}/rank{peer}" for peer in range(world_size)]
+        if number > 0:
+            store.set(keys[rank], json.dumps(me))
+            if rank == 0 and store.check(keys):
+                peers = [json.loads(store.get(key)) for key in keys]
+                store.set(f"accel/{number}/all", json.dumps(peers))
+                return f"accel/{number}", peers
+            if rank > 0 and store.check([f"accel/{number}/all"]):
+                peers = json.loads(store.get(f"accel/{number}/all"))
+                # otherwise the round is that of an earlier start, and rank 0 has not opened ours yet
+                if len(peers) == world_size and peers[rank]["token"] == me["token"]:
+                    return f"accel/{number}", peers
+        if time.monotonic() > deadline:
+            break
+        time.sleep(pause)
+        pause = min(0.25, pause * 1.2)
+    missing = [peer for peer, key in enumerate(keys) if not store.check([key])] if number > 0 else [0]
+    raise RuntimeError(
+        f"Rank {rank} waited {timeout.total_seconds():g} s at {where} for "
+        + (f"{_ranks(missing)} of {world_size}, who did not come" if missing else "rank 0, who began without it")
+        + ". Look at the output of those ranks for an error, and see that every machine starts its ranks with the same "
+        "MASTER_ADDR, MASTER_PORT, WORLD_SIZE and strategy, and that no other run uses this port. If they only "
+        "start slowly, raise `start_timeout`."
+    )
+
+
+def explain_lost_peer(exception: BaseException) -> None:
+    """Put in front of the message of a broken connection which rank is gone and what comes next.
+
+    The message is changed in place, so that the exception keeps its type and its traceback. Other exceptions are left
+    alone.
+    """
+    text = str(exception)
+    of_backend = isinstance(exception, dist.DistError) or "gloo" in text or "NCCL" in text
+    if not of_backend or not (_LOST.search(text) or _LATE.search(text)):
+        return
+    rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    gone, elsewhere = _find_gone(rank)
+    if gone:
+        who = " and ".join(f"rank {peer} (process {_peers[peer]['pid']} on {_peers[peer]['host']})" for peer in gone)
+        what = f"{who[0].upper()}{who[1:]} {'is' if len(gone) == 1 else 'are'} gone: killed or crashed"
+    elif _LATE.search(text) and not _LOST.search(text):
+        stuck = f" to {_ranks(elsewhere)} on {_hosts(elsewhere)}" if elsewhere else ""
+        what = (
+            f"No answer from a rank for {_timeout.total_seconds():g} s: the network{stuck} is down, or a rank is stuck "
+            "or far behind (if it only needs longer, raise the strategy's `timeout`)"
+        )
+    elif elsewhere:
+        what = f"The connection to another machine broke: {_ranks(elsewhere)} on {_hosts(elsewhere)}, or the network"
+    else:
+        what = "A rank closed its connection: it failed, or it was killed"
+    message = f"{what}. So rank {rank} can't go on. {_what_next()}\n\nThe cause: {text}"
+    exception.args = (message, *exception.args[1:])
+
+
+def _find_gone(rank: int, seconds: float = 1.0) -> tuple[list[int], list[int]]:
+    """The ranks of this machine whose process has ended, and the ranks of other machines."""
+    if rank >= len(_peers):
+        return [], []
+    mine = (_peers[rank]["host"], _peers[rank]["space"])
+    here = [peer for peer, is_at in enumerate(_peers) if (is_at["host"], is_at["space"]) == mine and peer != rank]
+    elsewhere = [peer for peer, is_at in enumerate(_peers) if peer not in here and peer != rank]
+    deadline = time.monotonic() + seconds
+    while True:  # a killed process closes its connections a little before it is gone
+        gone = [peer for peer in here if not _is_alive(_peers[peer]["pid"])]
+        if gone or time.monotonic() > deadline or not here:
+            return gone, elsewhere
+        time.sleep(0.02)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            return stat.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")  # not waiting for its parent
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's, or no /proc: it exists
+        return True
+
+
+def _pid_space() -> str:
+    """Which table of processes this is: containers on one machine have their own."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _what_next() -> str:
+    if (restarts := os.environ.get("TORCHELASTIC_MAX_RESTARTS")) is not None:
+        done = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        if done >= int(restarts):
+            return f"torchrun has no restart left (--max-restarts {restarts})."
+        return (
+            f"torchrun now starts all ranks again (restart {done + 1} of {restarts}); with AutoResume they go on from "
+            "the newest complete checkpoint."
+        )
+    return "Start the run again; with AutoResume it goes on from the newest complete checkpoint."
+
+
+def _ranks(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {shown}"
+
+
+def _hosts(ranks: list[int]) -> str:
+    return ", ".join(sorted({_peers[peer]["host"] for peer in ranks}))
+
+
+def _destroy() -> None:
+    """At exit, since NCCL warns about a group that is left; not to be broken off by a second Ctrl+C."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    signal.signal(signal.SIGINT, before)
