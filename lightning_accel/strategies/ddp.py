@@ -6,11 +6,17 @@ of the dead ones; see :mod:`lightning_accel.strategies.process_group`.
 
 from __future__ import annotations
 
+import math
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 
+from lightning_accel.errors import check_number
+from lightning_accel.hooks.atomic import write_beside
 from lightning_accel.strategies.process_group import (
     DEFAULT_START_TIMEOUT,
     DEFAULT_TIMEOUT,
@@ -18,7 +24,19 @@ from lightning_accel.strategies.process_group import (
     init_process_group,
 )
 
-__all__ = ["RestartableDDPStrategy"]
+__all__ = ["AtomicCheckpointIO", "RestartableDDPStrategy"]
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write a checkpoint file beside its place and rename it, so that it is whole or not there."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Save to a local path; to a remote one (``s3://...``) as Lightning does."""
+        if "://" in str(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        with write_beside(Path(path)) as partial:
+            torch.save(checkpoint, partial)
 
 
 class RestartableDDPStrategy(DDPStrategy):
@@ -26,23 +44,38 @@ class RestartableDDPStrategy(DDPStrategy):
 
     - ``torchrun --max-restarts`` comes back on the first restart.
     - When a rank dies the others stop within seconds, with an error that names it and says what comes next.
+    - A checkpoint is written beside its place and then renamed, so that a kill leaves no half of one.
     - A port in use and a rank that never comes end in an error that says so, after ``start_timeout``.
 
     Args:
-        timeout: How long a collective may take before it fails; a network that is down shows after this time.
-        start_timeout: How long ranks wait for one another at the start.
+        timeout: How long a collective may take before it fails, in seconds (or a ``timedelta``); a network that is
+            down shows after this time.
+        start_timeout: How long ranks wait for one another at the start, in seconds.
         **kwargs: Those of Lightning's DDPStrategy, and through it of torch's DistributedDataParallel.
     """
 
     def __init__(
         self,
-        timeout: timedelta = DEFAULT_TIMEOUT,
-        start_timeout: timedelta = DEFAULT_START_TIMEOUT,
+        timeout: float | timedelta = DEFAULT_TIMEOUT,
+        start_timeout: float = DEFAULT_START_TIMEOUT,
         **kwargs: Any,
     ) -> None:
-        super().__init__(timeout=timeout, **kwargs)
-        self._collective_timeout = timeout
-        self._start_timeout = start_timeout
+        if isinstance(timeout, timedelta):  # as Lightning's strategies have it
+            timeout = timeout.total_seconds()
+        self._seconds = check_number("timeout", timeout, 0, math.inf, open_low=True, open_high=True)
+        self._start_seconds = check_number("start_timeout", start_timeout, 0, math.inf, open_low=True, open_high=True)
+        super().__init__(timeout=timedelta(seconds=timeout), **kwargs)
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        """What writes checkpoints: that of the Trainer's plugins, or :class:`AtomicCheckpointIO`."""
+        if self._checkpoint_io is None:
+            self._checkpoint_io = AtomicCheckpointIO()
+        return super().checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO | None) -> None:
+        self._checkpoint_io = io
 
     def setup_distributed(self) -> None:
         """Make the process group; Lightning then finds it made."""
@@ -51,8 +84,8 @@ class RestartableDDPStrategy(DDPStrategy):
         init_process_group(
             self.cluster_environment,
             self._get_process_group_backend(),
-            timeout=self._collective_timeout,
-            start_timeout=self._start_timeout,
+            timeout=self._seconds,
+            start_timeout=self._start_seconds,
             device_id=self.root_device if self.root_device.type != "cpu" else None,
         )
         super().setup_distributed()

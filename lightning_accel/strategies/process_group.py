@@ -26,10 +26,10 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.dis
 
 __all__ = ["DEFAULT_START_TIMEOUT", "DEFAULT_TIMEOUT", "Environment", "explain_lost_peer", "init_process_group"]
 
-DEFAULT_TIMEOUT = timedelta(minutes=30)
-"""How long a collective may take: torch's own default."""
-DEFAULT_START_TIMEOUT = timedelta(minutes=5)
-"""How long ranks wait for one another at the start."""
+DEFAULT_TIMEOUT = 1800.0
+"""How long a collective may take, in seconds: torch's own default."""
+DEFAULT_START_TIMEOUT = 300.0
+"""How long ranks wait for one another at the start, in seconds."""
 
 _LOST = re.compile(
     r"closed by peer|reset by peer|Broken pipe|Socket closed|remote process exited|Connection refused|"
@@ -66,8 +66,8 @@ def init_process_group(
     environment: Environment,
     backend: str,
     *,
-    timeout: timedelta = DEFAULT_TIMEOUT,
-    start_timeout: timedelta = DEFAULT_START_TIMEOUT,
+    timeout: float = DEFAULT_TIMEOUT,
+    start_timeout: float = DEFAULT_START_TIMEOUT,
     device_id: torch.device | None = None,
 ) -> None:
     """Make the default process group; does nothing where there is one already.
@@ -75,8 +75,8 @@ def init_process_group(
     Args:
         environment: Says where rank 0 is, and which rank this is: a Lightning ``ClusterEnvironment``.
         backend: ``"gloo"``, ``"nccl"``, ...
-        timeout: How long a collective may take before it fails.
-        start_timeout: How long to wait for the other ranks at the start.
+        timeout: How long a collective may take before it fails, in seconds.
+        start_timeout: How long to wait for the other ranks at the start, in seconds.
         device_id: The rank's GPU, to which NCCL is then bound.
 
     Raises:
@@ -92,14 +92,14 @@ def init_process_group(
     store = _open_store(address, port, rank, start_timeout)
     where = f"MASTER_ADDR={address} MASTER_PORT={port}"
     name, peers = _meet(store, rank, world_size, start_timeout, where)
-    store.set_timeout(timeout)
+    store.set_timeout(timedelta(seconds=timeout))
     try:
         dist.init_process_group(
             backend,
             store=PrefixStore(name, store),
             rank=rank,
             world_size=world_size,
-            timeout=timeout,
+            timeout=timedelta(seconds=timeout),
             device_id=device_id,
         )
     except (dist.DistError, RuntimeError) as error:
@@ -115,11 +115,18 @@ def init_process_group(
         atexit.register(_destroy)
 
 
-def _open_store(address: str, port: int, rank: int, timeout: timedelta) -> TCPStore:
+def _open_store(address: str, port: int, rank: int, timeout: float) -> TCPStore:
     """Connect to the store; rank 0 serves it, unless torchrun's agent does."""
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
-        return TCPStore(address, port, is_master=serves, timeout=timeout, wait_for_workers=False, multi_tenant=True)
+        return TCPStore(
+            address,
+            port,
+            is_master=serves,
+            timeout=timedelta(seconds=timeout),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
     except (dist.DistError, RuntimeError) as error:
         text = str(error)
         if "EADDRINUSE" in text or "address already in use" in text.lower():
@@ -131,15 +138,15 @@ def _open_store(address: str, port: int, rank: int, timeout: timedelta) -> TCPSt
             raise RuntimeError(f"Rank 0 can't serve at port {port}: {text}") from error
         raise RuntimeError(
             f"Rank {rank} could not reach rank 0 at MASTER_ADDR={address} MASTER_PORT={port} within "
-            f"{timeout.total_seconds():g} s. Either rank 0 did not start (its own output says why), or the address is "
+            f"{timeout:g} s. Either rank 0 did not start (its own output says why), or the address is "
             f"not the one of its machine, or a firewall is between. The cause: {text}"
         ) from error
 
 
-def _meet(store: Store, rank: int, world_size: int, timeout: timedelta, where: str) -> tuple[str, list[dict[str, Any]]]:
+def _meet(store: Store, rank: int, world_size: int, timeout: float, where: str) -> tuple[str, list[dict[str, Any]]]:
     """Wait until every rank of this start is there; return the round's name and who they are."""
     me = {"token": uuid.uuid4().hex, "host": socket.gethostname(), "space": _pid_space(), "pid": os.getpid()}
-    deadline = time.monotonic() + timeout.total_seconds()
+    deadline = time.monotonic() + timeout
     number = store.add("accel/round", 1) if rank == 0 else 0
     pause = 0.01
     while True:
@@ -163,7 +170,7 @@ def _meet(store: Store, rank: int, world_size: int, timeout: timedelta, where: s
         pause = min(0.25, pause * 1.2)
     missing = [peer for peer, key in enumerate(keys) if not store.check([key])] if number > 0 else [0]
     raise RuntimeError(
-        f"Rank {rank} waited {timeout.total_seconds():g} s at {where} for "
+        f"Rank {rank} waited {timeout:g} s at {where} for "
         + (f"{_ranks(missing)} of {world_size}, who did not come" if missing else "rank 0, who began without it")
         + ". Look at the output of those ranks for an error, and see that every machine starts its ranks with the same "
         "MASTER_ADDR, MASTER_PORT, WORLD_SIZE and strategy, and that no other run uses this port. If they only "
@@ -189,7 +196,7 @@ def explain_lost_peer(exception: BaseException) -> None:
     elif _LATE.search(text) and not _LOST.search(text):
         stuck = f" to {_ranks(elsewhere)} on {_hosts(elsewhere)}" if elsewhere else ""
         what = (
-            f"No answer from a rank for {_timeout.total_seconds():g} s: the network{stuck} is down, or a rank is stuck "
+            f"No answer from a rank for {_timeout:g} s: the network{stuck} is down, or a rank is stuck "
             "or far behind (if it only needs longer, raise the strategy's `timeout`)"
         )
     elif elsewhere:

@@ -29,6 +29,7 @@ from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch.optim import Optimizer
 
 from lightning_accel.errors import require
+from lightning_accel.strategies.process_group import explain_lost_peer, init_process_group
 from lightning_accel.strategies.zero_config import OffloadOptimizer, OffloadParameters, engine_config, read_config
 
 __all__ = ["ZeROStrategy"]
@@ -154,6 +155,7 @@ class ZeROStrategy(DeepSpeedStrategy):
             process_group_backend=process_group_backend,
             timeout=timedelta(seconds=timeout),
         )
+        self._seconds = timeout
         self._base_config = base
         self.config = copy.deepcopy(base)
 
@@ -209,7 +211,15 @@ class ZeROStrategy(DeepSpeedStrategy):
         _forget_stale_groups()
 
     def _init_process_group(self) -> None:
-        """Where a process group is made before DeepSpeed would make its own."""
+        """Make the process group that DeepSpeed then finds: one that a restarted run can join."""
+        assert self.cluster_environment is not None
+        cuda = self.root_device.type == "cuda"
+        init_process_group(
+            self.cluster_environment,
+            self._get_process_group_backend(),
+            timeout=self._seconds,
+            device_id=self.root_device if cuda else None,
+        )
 
     def _format_config(self) -> None:
         """The engine's configuration for this run, from a fresh copy of the strategy's own."""
@@ -276,6 +286,11 @@ class ZeROStrategy(DeepSpeedStrategy):
             model_parameters=[],
             dist_init_required=False,
         )
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Say which rank is gone, where that is the cause."""
+        explain_lost_peer(exception)
+        super().on_exception(exception)
 
     def teardown(self) -> None:
         """Let go of the engine and of its hooks on the module."""
