@@ -60,11 +60,6 @@ class ExactResume(AccelCallback):
         self._fit_started = False
         self._watched: WeakSet[Any] = WeakSet()
 
-    @property
-    def is_neutral(self) -> bool:
-        """A run that is not resumed is the plain run bit for bit."""
-        return True
-
     # ------------------------------------------------------------------------------------------------------- saving
 
     def install(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,7 +1,7 @@
 """The only code that touches the Trainer's internals."""
 
 from lightning_accel.hooks.batch import BatchTransform, batch_generator
-from lightning_accel.hooks.callback import TOUCHABLE, AccelCallback, Contract
+from lightning_accel.hooks.callback import TOUCHABLE, AccelCallback, Contract, trainer_callbacks
 from lightning_accel.hooks.clock import fit_length, moment
 from lightning_accel.hooks.optimizers import OptimizerTransform, parameter_names, replace_optimizers
 from lightning_accel.hooks.plan import Plan, check_conflicts, derive_order
@@ -26,4 +26,5 @@ __all__ = [
     "moment",
     "parameter_names",
     "replace_optimizers",
+    "trainer_callbacks",
 ]

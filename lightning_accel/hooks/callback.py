@@ -17,7 +17,17 @@ from lightning_accel.errors import NoEffectWarning
 if TYPE_CHECKING:
     from lightning_accel.hooks.plan import Plan
 
-__all__ = ["TOUCHABLE", "AccelCallback", "Contract", "trainer_callbacks"]
+__all__ = ["BATCH_HOOKS", "TOUCHABLE", "AccelCallback", "Contract", "trainer_callbacks"]
+
+BATCH_HOOKS = (
+    "on_train_batch_start",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+)
+"""The hooks that Lightning calls at every training batch."""
 
 TOUCHABLE = (
     "data order",
@@ -156,6 +166,16 @@ class AccelCallback(Callback):
         if self.plan is None:
             raise RuntimeError("Expected `on_undo` to be called during a fit, but none is running.")
         self.plan.undo_stack.callback(function)
+
+    def mute_batch_hooks(self) -> None:
+        """Let Lightning pass over the hooks of a batch that would do nothing, until the fit is over.
+
+        It calls a hook only where it is callable; calling one that does nothing takes 2 to 3 us, six times a batch.
+        """
+        for name in BATCH_HOOKS:
+            if self.is_neutral or getattr(type(self), name) is getattr(Callback, name):
+                vars(self)[name] = None
+                self.on_undo(functools.partial(vars(self).pop, name, None))
 
     def warn_no_effect(self, message: str) -> None:
         """Warn on rank 0 that this callback found nothing to act on."""

@@ -100,6 +100,7 @@ class Plan:
         plan._order_trainer_callbacks()
         for other in plan.callbacks:
             other.install(trainer, pl_module)
+            other.mute_batch_hooks()
         if trainer.is_global_zero and not trainer.barebones:
             from rich import print as rich_print
 

@@ -13,16 +13,18 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_accel.errors import check_choice, check_fraction, check_patterns
-from lightning_accel.hooks import AccelCallback, Contract, fit_length, moment
+from lightning_accel.hooks import AccelCallback, Contract, fit_length, moment, trainer_callbacks
 from lightning_accel.pruning.masks import (
     apply_masks_,
     compute_masks,
     count_pruned,
+    keeps_zero,
     mask_optimizer_state_,
     pack_mask,
     unpack_mask,
@@ -125,6 +127,8 @@ class GradualPruning(AccelCallback):
         self._frozen: dict[str, nn.Parameter] = {}
         self._masks: list[Tensor] = []
         self._num_pruned = 0
+        self._gradients_stay = True  # nobody changes gradients between their masking and the step
+        self._gradients_masked = False  # those of the present step
         self._last_update: float | None = None  # in the unit of `every`
         self._seen_step: int | None = None  # the optimizer steps done when the schedule was last looked at
         self._done = False
@@ -158,6 +162,7 @@ class GradualPruning(AccelCallback):
             return
         if unmatched:
             rank_zero_warn(f"{type(self).__name__}: no parameter matches `exclude` {unmatched}.")
+        self._gradients_stay &= not _changes_gradients(trainer, pl_module)
         for optimizer in trainer.optimizers:
             handle = optimizer.register_step_post_hook(self._mask_weights)
             self.on_undo(handle.remove)
@@ -171,6 +176,7 @@ class GradualPruning(AccelCallback):
         pairs = zip((weight.grad for weight in self._weights.values()), self._masks, strict=False)
         present = [(grad, mask) for grad, mask in pairs if grad is not None]
         apply_masks_([grad for grad, _ in present], [mask for _, mask in present])
+        self._gradients_masked = self._gradients_stay
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -182,6 +188,8 @@ class GradualPruning(AccelCallback):
         """Print what was pruned, and say so where the fit ended too early."""
         if not self._weights:
             return
+        if self._masks:  # whatever the user's hooks did since the last step
+            apply_masks_(list(self._weights.values()), self._masks)
         self._advance(trainer)  # a fit that a clock ended is at its end only now
         sparsity = self._num_pruned / max(sum(weight.numel() for weight in self._weights.values()), 1)
         if not self._done:
@@ -204,6 +212,7 @@ class GradualPruning(AccelCallback):
             "last_update": self._last_update,
             "seen_step": self._seen_step,
             "done": self._done,
+            "gradients_stay": self._gradients_stay,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -222,13 +231,20 @@ class GradualPruning(AccelCallback):
             self._frozen = {name: weight for name, weight in trained.items() if name in self._frozen}
         if state["masks"]:
             self._masks = [unpack_mask(state["masks"][name], like=weight) for name, weight in self._weights.items()]
+            apply_masks_(list(self._weights.values()), self._masks)
         self._num_pruned = sum(map(count_pruned, self._masks))
         self._last_update, self._seen_step, self._done = state["last_update"], state["seen_step"], state["done"]
+        self._gradients_stay = state.get("gradients_stay", False)
         self._restored = None
 
-    def _mask_weights(self, *_: Any) -> None:
-        if self._masks:
+    def _mask_weights(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Zero the weights again, unless this step can't have changed them: reading every mask twice takes time."""
+        masked, self._gradients_masked = self._gradients_masked, False
+        if not self._masks:
+            return
+        if not (masked and keeps_zero(optimizer)):
             apply_masks_(list(self._weights.values()), self._masks)
+        self._gradients_stay &= masked  # a momentum that saw other gradients goes on to push
 
     def _advance_after_step(self, trainer: Trainer) -> None:
         """Advance if an optimizer step was made since: weights stay as they are within an accumulation window."""
@@ -264,3 +280,12 @@ class GradualPruning(AccelCallback):
         apply_masks_(weights, masks)
         for optimizer in optimizers:
             mask_optimizer_state_(optimizer, weights, masks)
+
+
+def _changes_gradients(trainer: Trainer, pl_module: LightningModule) -> bool:
+    """Whether the user's own hooks may change gradients after they were masked and before the step."""
+    hooks = ("on_before_optimizer_step", "configure_gradient_clipping", "optimizer_step")
+    others = (other for other in trainer_callbacks(trainer) if not isinstance(other, AccelCallback))
+    return any(is_overridden(hook, pl_module) for hook in hooks) or any(
+        type(other).on_before_optimizer_step is not Callback.on_before_optimizer_step for other in others
+    )

@@ -36,6 +36,17 @@ _CPU_CHUNK, _GPU_CHUNK = 1 << 18, 1 << 26
 _SAMPLES = 1 << 16
 # The names of torch's optimizers for what they divide by.
 _SQUARES = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}
+# Their steps leave a weight at zero whose gradient and momentum are zero; what else they keep only divides.
+_KEEP_ZERO = {
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.Adamax,
+    torch.optim.Adagrad,
+    torch.optim.RMSprop,
+}
 
 
 class _Flat(NamedTuple):
@@ -122,6 +133,14 @@ def mask_optimizer_state_(optimizer: torch.optim.Optimizer, weights: Sequence[Te
         and state.dim()
     ]
     apply_masks_([state for state, _ in pairs], [mask.to(state) for state, mask in pairs])
+
+
+def keeps_zero(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step leaves weights at zero whose gradients and momentum (see :func:`mask_optimizer_state_`) are zero.
+
+    True for some of torch's own classes as they are; a subclass, or state in another form, may do anything.
+    """
+    return type(optimizer) in _KEEP_ZERO and all(group.get("eps", 1.0) > 0 for group in optimizer.param_groups)
 
 
 def count_pruned(mask: Tensor) -> int:

@@ -16,6 +16,7 @@ from torch import nn
 
 from lightning_accel.errors import NoEffectWarning
 from lightning_accel.hooks import AccelCallback
+from lightning_accel.hooks.callback import BATCH_HOOKS
 from tests.hooks.common import At, Data, Stop, Tiny, Validated, contract, fit, loader, make_trainer, save_at, stop_at
 
 
@@ -353,3 +354,21 @@ def test_a_plain_callback_sees_the_module_patched_in_every_hook_of_the_fit() -> 
     watchers: list[Callback] = [At(hook, lambda _, module: patched.append(not clean(module))) for hook in hooks]
     fit(Tiny(), Doubling(), *watchers)
     assert patched == [True] * 4
+
+
+def test_hooks_that_do_nothing_are_not_called() -> None:
+    seen: list[dict[str, Any]] = []
+
+    class Half(AccelCallback):
+        contract = contract()
+
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            seen.append({name: getattr(self, name) for name in BATCH_HOOKS})
+
+    class Neutral(Half):
+        is_neutral = True
+
+    half, neutral = Half(), Neutral()
+    fit(Tiny(), half, neutral)
+    assert seen and all([name for name in BATCH_HOOKS if hooks[name]] == ["on_train_batch_start"] for hooks in seen)
+    assert all(callable(getattr(callback, name)) for callback in (half, neutral) for name in BATCH_HOOKS)

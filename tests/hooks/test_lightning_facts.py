@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_accel.hooks.callback import BATCH_HOOKS
 from tests.hooks.common import At, Data, Stop, Tiny, Validated, fit, loader, make_trainer, none_at, save_at, stop_at
 
 RESUMED = "ignore:You're resuming from a checkpoint that ended before"
@@ -380,3 +381,20 @@ def test_a_batch_that_is_none_reaches_the_transfer_hook_but_no_callback_and_coun
     assert transferred == [False, True, False]
     assert seen == [1, 3]
     assert len(module.seen) == 2
+
+
+def test_a_hook_that_is_not_callable_is_passed_over() -> None:
+    """What `AccelCallback.mute_batch_hooks` relies on."""
+    callback = Callback()
+    for name in BATCH_HOOKS:
+        vars(callback)[name] = None
+    assert fit(Tiny(), callback).global_step > 0
+
+
+def test_the_hooks_of_a_batch() -> None:
+    """`BATCH_HOOKS` has every hook that is called at every batch of a fit."""
+    called: dict[str, int] = {}
+    names = [name for name in vars(Callback) if name.startswith("on_")]
+    hooks = {name: lambda self, *_, name=name, **__: called.update({name: called.get(name, 0) + 1}) for name in names}
+    trainer = fit(Tiny(), type("Counter", (Callback,), hooks)())
+    assert {name for name, count in called.items() if count >= trainer.global_step} == set(BATCH_HOOKS)

@@ -558,3 +558,80 @@ def test_with_8_bit_moments(backend):
     assert trace.zeros[-1] == round(0.8 * 192) and trace.zeros == sorted(trace.zeros)
     resumed = fit(Tiny(), *callbacks(), ckpt_path="mid.ckpt")
     assert_same(everything(whole), everything(resumed))
+
+
+def dense_after(module, callback):
+    """How many of the weights that are pruned are not zero."""
+    masks = zip(callback._weights.values(), callback._masks, strict=False)  # none before the first update
+    return sum(int(weight[mask == 0].count_nonzero()) for weight, mask in masks)
+
+
+def fit_checked(module, *callbacks, **options):
+    """Fit and count, after every batch, the pruned weights that are not zero and the weights that were masked again."""
+    pruning = GradualPruning(0.8, start=2, end=8, every=2)
+    dense, again = [], []
+
+    class Check(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            dense.append(dense_after(module, pruning))
+
+    original = gradual.apply_masks_
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            gradual, "apply_masks_", lambda tensors, masks: (again.append(list(tensors)), original(tensors, masks))
+        )
+        fit(module, pruning, Check(), *callbacks, **options)
+    weights = set(map(id, module.parameters()))
+    return dense, sum(id(tensors[0]) in weights for tensors in again if tensors)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        ("SGD", {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+        ("Adam", {"weight_decay": 0.1, "amsgrad": True}),
+        ("AdamW", {"weight_decay": 0.1}),
+        ("NAdam", {"weight_decay": 0.1}),
+        ("RAdam", {"weight_decay": 0.1}),
+        ("Adamax", {"weight_decay": 0.1}),
+        ("Adagrad", {"weight_decay": 0.1}),
+        ("RMSprop", {"momentum": 0.9, "centered": True, "weight_decay": 0.1}),
+    ],
+)
+def test_a_step_that_keeps_zeros_reads_the_masks_once(optimizer, options):
+    dense, again = fit_checked(Tiny(optimizer, **options), gradient_clip_val=0.5)
+    assert len(dense) > 15 and not any(dense)
+    assert again <= 5  # the updates and the end
+
+
+@pytest.mark.parametrize("how", ["module hook", "callback hook", "raw step", "other optimizer"])
+def test_weights_are_masked_again_where_a_step_may_change_them(how):
+    class Noisy(Tiny):
+        def on_before_optimizer_step(self, optimizer):
+            add_noise(self)
+
+    class Noise(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            add_noise(pl_module)
+
+    class Raw(Tiny):
+        def __init__(self):
+            super().__init__("SGD", momentum=0.9)
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers(use_pl_optimizer=batch_idx % 3 > 0)
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+    modules = {"module hook": Noisy, "raw step": Raw, "other optimizer": lambda: Tiny("ASGD", lambd=0.1)}
+    dense, again = fit_checked(modules.get(how, Tiny)(), *([Noise()] if how == "callback hook" else []))
+    assert len(dense) > 15 and not any(dense)
+    assert again > 10
+
+
+def add_noise(module):
+    for parameter in module.parameters():
+        if parameter.grad is not None:
+            parameter.grad.add_(0.1)
