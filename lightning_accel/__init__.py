@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from lightning_accel.accumulation.gradient_accumulation import GradientAccumulation
     from lightning_accel.augment.batch_augmentation import BatchAugmentation
     from lightning_accel.augment.label_smoothing import LabelSmoothing
+    from lightning_accel.durability.auto_resume import AutoResume
     from lightning_accel.durability.exact_resume import ExactResume
     from lightning_accel.errors import NoEffectWarning
     from lightning_accel.optimizers.fused import FusedOptimizer
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AutoResume",
     "BatchAugmentation",
     "Duration",
     "ExactResume",
@@ -31,6 +33,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "AutoResume": "durability.auto_resume",
     "BatchAugmentation": "augment.batch_augmentation",
     "Duration": "schedules",
     "ExactResume": "durability.exact_resume",

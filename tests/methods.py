@@ -204,6 +204,17 @@ METHODS = [
         neutral=[use("ExactResume")],
         silent="it acts when a run is resumed",
     ),
+    Method(
+        "AutoResume",
+        [use("AutoResume", dirpath="nothing saved here")],
+        neutral=[use("AutoResume", dirpath="nothing saved here")],
+        silent="it acts when a run is started again",
+        bad=(
+            ({"dirpath": 3}, TypeError, "dirpath"),
+            ({"dirpath": ""}, ValueError, "dirpath"),
+            ({"dirpath": "s3://bucket/run"}, ValueError, "dirpath"),
+        ),
+    ),
 ]
 
 STACKS = [

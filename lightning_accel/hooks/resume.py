@@ -1,0 +1,37 @@
+"""Choosing the checkpoint that a fit resumes from, at the one place where every strategy asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from lightning_accel.hooks.callback import AccelCallback
+
+__all__ = ["on_resume_start"]
+
+
+def on_resume_start(callback: AccelCallback, trainer: Trainer, choose: Callable[[Any], Any]) -> None:
+    """Let ``choose`` decide, in this fit, which checkpoint is loaded.
+
+    It runs on every rank, once all callbacks are set up and the ranks are connected: before the strategy's setup, or
+    after it under strategies that load checkpoints late (DeepSpeed, FSDP2).
+
+    Args:
+        callback: Whose change this is.
+        trainer: The Trainer of the fit.
+        choose: From the path that the fit was given (``None`` or empty where none was) to the one to load, or ``None``.
+    """
+    callback.patch(trainer._checkpoint_connector, "resume_start", partial(_resume_start, choose=choose))
+
+
+def _resume_start(
+    original: Callable[..., None],
+    checkpoint_path: Any = None,
+    *args: Any,
+    choose: Callable[[Any], Any],
+    **kwargs: Any,
+) -> None:
+    original(choose(checkpoint_path), *args, **kwargs)
