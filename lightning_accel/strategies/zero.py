@@ -24,12 +24,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.accelerators import Accelerator, CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, Precision
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch.optim import Optimizer
 
 from lightning_accel.errors import require
 from lightning_accel.strategies.process_group import explain_lost_peer, init_process_group
+from lightning_accel.strategies.zero_checkpoints import ZeROCheckpoints
 from lightning_accel.strategies.zero_config import OffloadOptimizer, OffloadParameters, engine_config, read_config
 
 __all__ = ["ZeROStrategy"]
@@ -103,7 +103,7 @@ def _clip_by_value(optimizer: Optimizer, clip_value: float) -> None:
     torch.nn.utils.clip_grad_value_(parameters, clip_value)
 
 
-class ZeROStrategy(DeepSpeedStrategy):
+class ZeROStrategy(ZeROCheckpoints):
     """DeepSpeed's ZeRO with the numbers of DDP, on the CPU (gloo) and on CUDA (nccl).
 
     Args:
