@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -21,103 +21,78 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule
 from lightning.pytorch.accelerators import Accelerator, CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, Precision
-from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim import Optimizer
 
-from lightning_accel.errors import require
+from lightning_accel.errors import check_number, check_patterns, require
 from lightning_accel.strategies.process_group import explain_lost_peer, init_process_group
 from lightning_accel.strategies.zero_checkpoints import ZeROCheckpoints
-from lightning_accel.strategies.zero_config import OffloadOptimizer, OffloadParameters, engine_config, read_config
+from lightning_accel.strategies.zero_config import (
+    Communication,
+    OffloadOptimizer,
+    OffloadParameters,
+    Stage3,
+    ZenFlow,
+    ZeROPlusPlus,
+)
+from lightning_accel.strategies.zero_engine import (
+    ModuleState,
+    check_same_module,
+    compiled_ops_explained,
+    find_build_locks,
+    forget_stale_groups,
+    raise_everywhere,
+)
+from lightning_accel.strategies.zero_later import FreezeWatch, LateGroups, all_trainable
+from lightning_accel.strategies.zero_merge import as_section, engine_config, read_config
+from lightning_accel.strategies.zero_precision import ZeROPrecision
 
 __all__ = ["ZeROStrategy"]
 
-
-class ZeROPrecision(DeepSpeedPrecision):
-    """Precision under DeepSpeed: real autocast for ``bf16-mixed``, and clipping whoever asks for it."""
-
-    def __init__(self, precision: Any) -> None:
-        super().__init__(precision)
-        self.device_type = "cpu"
-        self.clip: tuple[float, GradClipAlgorithmType] | None = None
-
-    @property
-    def autocast(self) -> bool:
-        """Whether the module stays in fp32 and its operations run in bfloat16."""
-        return self.precision == "bf16-mixed"
-
-    def convert_input(self, data: Any) -> Any:
-        """Autocast converts what it needs by itself."""
-        return data if self.autocast else super().convert_input(data)
-
-    def forward_context(self) -> AbstractContextManager[None]:
-        """Autocast also for code that runs outside the engine's forward."""
-        return torch.autocast(self.device_type, torch.bfloat16) if self.autocast else nullcontext()
-
-    def clip_gradients(
-        self,
-        optimizer: Optimizer,
-        clip_val: int | float = 0.0,
-        gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
-    ) -> None:
-        """Clip in the step that follows, where the gradients are reduced and in fp32."""
-        self.clip = (float(clip_val or 0.0), GradClipAlgorithmType(gradient_clip_algorithm or "norm"))
-
-    def optimizer_step(  # type: ignore[override]
-        self, optimizer: Optimizer, model: LightningModule, closure: Callable[[], Any], **kwargs: Any
-    ) -> Any:
-        """Run the closure, then the engine's step."""
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise MisconfigurationException("LBFGS evaluates the loss several times in a step. Use strategy='ddp'.")
-        result = closure()
-        self._after_closure(model, optimizer)
-        if model.automatic_optimization and result is None:
-            raise MisconfigurationException(
-                "`training_step` returned None. Ranks that skip a batch leave the others waiting in a collective: "
-                "return a loss of zero instead, `sum(p.sum() for p in self.parameters()) * 0.0`."
-            )
-        norm = clip_value = 0.0
-        if self.clip is not None:
-            amount, algorithm = self.clip
-            norm, clip_value = (amount, 0.0) if algorithm == GradClipAlgorithmType.NORM else (0.0, amount)
-            self.clip = None
-        engine: Any = model.trainer.model
-        engine.optimizer.clip_grad = norm
-        base = engine.basic_optimizer
-        if not clip_value:
-            engine.step()
-            return result
-        handle = base.register_step_pre_hook(lambda optimizer, args, kwargs: _clip_by_value(optimizer, clip_value))
-        try:
-            engine.step()
-        finally:
-            handle.remove()
-        return result
-
-
-def _clip_by_value(optimizer: Optimizer, clip_value: float) -> None:
-    """Clip the fp32 partitions: reduced, unscaled, and elementwise, so a partition is as good as the whole."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    torch.nn.utils.clip_grad_value_(parameters, clip_value)
+_BUCKET = 200_000_000
+_OTHERS = "strategy='accel_fsdp2' or 'accel_ddp'"
 
 
 class ZeROStrategy(ZeROCheckpoints):
     """DeepSpeed's ZeRO with the numbers of DDP, on the CPU (gloo) and on CUDA (nccl).
 
+    An argument that is a class of options may be given as a mapping of them, as in YAML. What is left out is
+    DeepSpeed's default.
+
     Args:
-        stage: What is split over the ranks: 1 the optimizer's state and master weights, 2 the gradients too, 3 the
-            parameters too. 2 where neither this nor ``config`` says.
-        offload_optimizer: Where optimizer state and master weights live.
-        offload_parameters: Where parameters live between their uses (stage 3).
-        config: More of DeepSpeed's configuration, a dictionary or the path of a JSON file; it is copied.
-        accelerator: See Lightning's ``DeepSpeedStrategy``.
-        parallel_devices: See Lightning's ``DeepSpeedStrategy``.
-        cluster_environment: See Lightning's ``DeepSpeedStrategy``.
-        precision_plugin: See Lightning's ``DeepSpeedStrategy``.
-        process_group_backend: See Lightning's ``DeepSpeedStrategy``.
+        stage: What is split over the ranks: 1 the optimizer's state and the fp32 master weights, 2 the gradients too,
+            3 the parameters too. 2 where neither this nor ``config`` says.
+        offload_optimizer: Where the optimizer's state lives and the optimizer runs: ``"none"``, ``"cpu"``, ``"nvme"``
+            (stage 3), or :class:`OffloadOptimizer`. SuperOffload is there too.
+        offload_parameters: Where the parameters live between their uses (stage 3): as above, or
+            :class:`OffloadParameters`.
+        nvme_path: The folder on the disk, where something is offloaded to ``"nvme"`` and says no other.
+        communication: How gradients and parameters travel: :class:`Communication`.
+        stage3: How parameters are gathered and let go of: :class:`Stage3`.
+        zero_plus_plus: Less on the wire at stage 3: :class:`ZeROPlusPlus`.
+        zenflow: A step of the important gradients on the GPU, of the rest on the CPU: :class:`ZenFlow`.
+        trained_later: Regular expressions for the names of parameters that are frozen when training starts and
+            unfrozen later. What one expression finds must be unfrozen at once; it takes optimizer memory from the
+            start.
+        config: More of DeepSpeed's configuration, as a mapping or the path of a JSON file. It is copied. It may not
+            contradict the options above, nor say what belongs to the Trainer.
         timeout: How long a collective waits for the other ranks, in seconds.
+        accelerator: As in Lightning's ``DeepSpeedStrategy``.
+        parallel_devices: As in Lightning's ``DeepSpeedStrategy``.
+        cluster_environment: As in Lightning's ``DeepSpeedStrategy``.
+        precision_plugin: As in Lightning's ``DeepSpeedStrategy``; the Trainer's ``precision`` sets it.
+        process_group_backend: As in Lightning's ``DeepSpeedStrategy``.
+
+    Raises:
+        ImportError: If deepspeed is not installed.
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument is wrong, contradicts ``config``, or can't go with another.
     """
 
     strategy_name = "accel_zero"
@@ -127,23 +102,37 @@ class ZeROStrategy(ZeROCheckpoints):
         stage: Literal[1, 2, 3] | None = None,
         offload_optimizer: OffloadOptimizer | Literal["none", "cpu", "nvme"] = "none",
         offload_parameters: OffloadParameters | Literal["none", "cpu", "nvme"] = "none",
+        nvme_path: str | None = None,
+        communication: Communication | None = None,
+        stage3: Stage3 | None = None,
+        zero_plus_plus: ZeROPlusPlus | None = None,
+        zenflow: ZenFlow | None = None,
+        trained_later: list[str] | None = None,
         config: dict[str, Any] | str | Path | None = None,
+        timeout: float = 1800.0,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
         precision_plugin: Precision | None = None,
         process_group_backend: str | None = None,
-        timeout: float = 1800.0,
     ) -> None:
-        if isinstance(offload_optimizer, str):
-            offload_optimizer = OffloadOptimizer(device=offload_optimizer)
-        if isinstance(offload_parameters, str):
-            offload_parameters = OffloadParameters(device=offload_parameters)
+        optimizer = as_section(OffloadOptimizer, offload_optimizer, short="device")
+        parameters = as_section(OffloadParameters, offload_parameters, short="device")
+        for section in (optimizer, parameters):
+            if section is not None and section.device == "nvme":
+                section.nvme_path = section.nvme_path or nvme_path
         base = engine_config(
             stage,
-            {"offload_optimizer": offload_optimizer, "offload_param": offload_parameters},
-            read_config(config),
+            optimizer,
+            parameters,
+            as_section(Communication, communication),
+            as_section(Stage3, stage3),
+            as_section(ZeROPlusPlus, zero_plus_plus),
+            as_section(ZenFlow, zenflow),
+            config=read_config(config),
         )
+        self._trained_later = check_patterns("trained_later", trained_later or [])
+        self._seconds = check_number("timeout", timeout, 0, float("inf"), open_low=True)
         require("deepspeed", "deepspeed", "ZeROStrategy")
         super().__init__(
             accelerator=accelerator,
@@ -155,19 +144,27 @@ class ZeROStrategy(ZeROCheckpoints):
             process_group_backend=process_group_backend,
             timeout=timedelta(seconds=timeout),
         )
-        self._seconds = timeout
         self._base_config = base
         self.config = copy.deepcopy(base)
+        self._module_state: ModuleState | None = None
+        self._failed = False
+
+    # ------------------------------------------------------------------------------------ what Lightning asks before
 
     @property
     def precision_plugin(self) -> Precision:
-        """The precision; Lightning's own for DeepSpeed is replaced by one with real autocast."""
+        """The precision; Lightning's own for DeepSpeed is replaced by :class:`ZeROPrecision`."""
         return super().precision_plugin
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
         if type(plugin) is DeepSpeedPrecision:
             plugin = ZeROPrecision(plugin.precision)
+        if plugin is not None and not isinstance(plugin, ZeROPrecision):
+            raise MisconfigurationException(
+                f"ZeROStrategy can't work with {type(plugin).__name__}: its engine computes gradients and steps by "
+                "itself. Leave the plugin out, and set Trainer(precision=...)."
+            )
         self._precision_plugin = plugin
 
     @property
@@ -180,140 +177,291 @@ class ZeROStrategy(ZeROCheckpoints):
         """Nothing to block: the engine reduces in its step, or per backward where gradients are split."""
         yield
 
+    # ------------------------------------------------------------------------------------------------------- setting up
+
     def setup_environment(self) -> None:
-        """Start the processes' group on the CPU or on CUDA."""
+        """Join the other ranks, on the CPU or on CUDA.
+
+        Raises:
+            MisconfigurationException: If the device or what it can't do stands against it.
+        """
         if not isinstance(self.accelerator, (CPUAccelerator, CUDAAccelerator)):
             raise MisconfigurationException(
                 f"ZeROStrategy runs on the CPU and on CUDA, but the accelerator is {type(self.accelerator).__name__}. "
                 "Set Trainer(accelerator='cpu') or Trainer(accelerator='cuda')."
             )
+        self._check_device()
         self.accelerator.setup_device(self.root_device)
         self.setup_distributed()
 
-    def setup_distributed(self) -> None:
-        """Join the other ranks."""
-        self.set_world_ranks()
-        self._prepare_deepspeed()
-        self._init_process_group()
-        self._init_deepspeed_distributed()
+    def _check_device(self) -> None:
+        devices = self.parallel_devices or []
+        if self.root_device.type == "cuda":
+            if [device.index for device in devices] != list(range(len(devices))):
+                raise MisconfigurationException(
+                    f"DeepSpeed takes the GPUs from 0 on, but got {[device.index for device in devices]}. Choose them "
+                    "with CUDA_VISIBLE_DEVICES, and set Trainer(devices=N)."
+                )
+            return
+        precision = getattr(self.precision_plugin, "precision", "")
+        if precision in ("16-mixed", "16-true"):
+            raise MisconfigurationException(
+                f"precision={precision!r} is float16 throughout in DeepSpeed, which it does not support on the CPU. "
+                "Use precision='bf16-mixed'."
+            )
+        zero = self._base_config["zero_optimization"]
+        cuda_only = {
+            "zero_plus_plus.quantized_weights": zero.get("zero_quantized_weights"),
+            "zero_plus_plus.quantized_nontrainable_weights": zero.get("zero_quantized_nontrainable_weights"),
+            "zero_plus_plus.quantized_gradients": zero.get("zero_quantized_gradients"),
+            "offload_optimizer.super_offload": zero.get("offload_optimizer", {}).get("super_offload"),
+        }
+        for name, used in cuda_only.items():
+            if used:
+                raise MisconfigurationException(
+                    f"ZeROStrategy({name}) needs kernels that DeepSpeed has for CUDA alone, but this run is on the "
+                    "CPU. Leave it out, or set Trainer(accelerator='cuda')."
+                )
 
-    def _prepare_deepspeed(self) -> None:
-        """Point DeepSpeed at this run's device, and let it forget what a finished run left behind."""
+    def setup_distributed(self) -> None:
+        """Make the process group, and let DeepSpeed find it."""
         import deepspeed
         from deepspeed.accelerator import get_accelerator, set_accelerator
 
+        reset_seed()
+        self.set_world_ranks()
         # An op that only inference uses, but that is compiled (87 s) at every start on a CPU
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if self.root_device.type == "cpu" and get_accelerator().device_name() != "cpu":
             from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
             set_accelerator(CPU_Accelerator())
-        _forget_stale_groups()
+        self._init_process_group()
+        forget_stale_groups()
+        self._init_deepspeed_distributed()
 
     def _init_process_group(self) -> None:
         """Make the process group that DeepSpeed then finds: one that a restarted run can join."""
         assert self.cluster_environment is not None
-        cuda = self.root_device.type == "cuda"
         init_process_group(
             self.cluster_environment,
             self._get_process_group_backend(),
             timeout=self._seconds,
-            device_id=self.root_device if cuda else None,
+            device_id=self.root_device if self.root_device.type == "cuda" else None,
         )
 
     def _format_config(self) -> None:
         """The engine's configuration for this run, from a fresh copy of the strategy's own."""
         config = self.config = copy.deepcopy(self._base_config)
         config["gradient_accumulation_steps"] = 1
-        config["managed_gradient_accumulation"] = False  # `engine.step` reduces and steps, and only that
+        # `engine.step` reduces and steps, and only that; ZenFlow has windows of its own
+        config["managed_gradient_accumulation"] = "zenflow" in config["zero_optimization"]
         config["gradient_clipping"] = 0.0  # set before each step, see ZeROPrecision
-        precision = self.precision_plugin.precision
-        if precision == "bf16-mixed":
-            # no `safe modules`: their gradients would be reduced in bfloat16, unlike DDP's
-            config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-        elif precision == "bf16-true":
-            config["bf16"] = {"enabled": True}
-        elif precision in ("16-mixed", "16-true"):
-            if self.root_device.type == "cpu":
-                raise MisconfigurationException(
-                    f"precision={precision!r} is float16 throughout in DeepSpeed, which it does not support on the "
-                    "CPU. Use precision='bf16-mixed'."
-                )
-            config["fp16"] = {"enabled": True, **config.get("fp16", {})}
-        if isinstance(self.precision_plugin, ZeROPrecision):
-            self.precision_plugin.device_type = self.root_device.type
+        plugin = self.precision_plugin
+        assert isinstance(plugin, ZeROPrecision)
+        plugin.device_type = self.root_device.type
+        if plugin.precision == "bf16-mixed":
+            # Without "safe modules", whose gradients would be reduced in bfloat16, unlike DDP's
+            autocast = {"lower_precision_safe_modules": [], **config.get("torch_autocast", {})}
+            config["torch_autocast"] = {**autocast, "enabled": True, "dtype": "bfloat16"}
+        elif plugin.precision == "bf16-true":
+            config["bf16"] = {**config.get("bf16", {}), "enabled": True}
+        elif plugin.precision in ("16-mixed", "16-true"):
+            config["fp16"] = {**config.get("fp16", {}), "enabled": True}
+
+    def setup(self, trainer: Any) -> None:
+        """Make the engine around the module."""
+        self._failed = False
+        super().setup(trainer)
 
     def init_deepspeed(self) -> None:
         """Make the engine for training, or for evaluation."""
-        assert self.lightning_module is not None
-        assert isinstance(self.model, LightningModule)
-        if self.lightning_module.trainer.training:
-            self._initialize_deepspeed_train(self.model)
+        module = self.lightning_module
+        assert module is not None
+        if "zenflow" in self._base_config["zero_optimization"] and module.trainer.accumulate_grad_batches != 1:
+            raise MisconfigurationException(
+                "ZenFlow has windows of its own (`update_interval`): remove `accumulate_grad_batches` from the Trainer."
+            )
+        check_same_module(module)
+        self._check_build_locks()
+        if module.trainer.training:
+            self._initialize_deepspeed_train(module)
         else:
-            self._initialize_deepspeed_inference(self.model)
+            self._initialize_deepspeed_inference(module)
+        self._broadcast_buffers()
+
+    def _check_build_locks(self) -> None:
+        """Say so where an earlier build of an op never ended: the next one would wait for it for ever."""
+        assert isinstance(self.config, dict)
+        zero = self.config["zero_optimization"]
+        offload = {zero.get(name, {}).get("device", "none") for name in ("offload_optimizer", "offload_param")}
+        if offload == {"none"} and self.root_device.type == "cpu":
+            return
+        problem = None
+        for lock, stale in find_build_locks():
+            compiles = "nvme" in offload or "optimizer" in self.config
+            message = (
+                f"{lock} says that {lock.parent.name} is being compiled. If no build is running (one that was killed "
+                f"leaves it there), every later one waits for it: remove it with `rm {lock}`."
+            )
+            if stale and compiles:
+                problem = message
+            else:
+                rank_zero_warn(message)
+        raise_everywhere(problem)
+
+    def _initialize_deepspeed_train(self, model: torch.nn.Module) -> None:
+        module = self.lightning_module
+        assert module is not None
+        assert isinstance(self.config, dict)
+        optimizer: Optimizer | None = None
+        self.optimizers, self.lr_scheduler_configs = [], []
+        with compiled_ops_explained():
+            if "optimizer" in self.config:
+                rank_zero_info("The optimizer is that of DeepSpeed's `config`, not that of `configure_optimizers`.")
+            else:
+                super(DeepSpeedStrategy, self).setup_optimizers(module.trainer)
+                optimizer = _only_one(self.optimizers)
+            if self.lr_scheduler_configs and "scheduler" in self.config:
+                raise MisconfigurationException(
+                    "`config['scheduler']` and `configure_optimizers` both bring a scheduler: remove one of them."
+                )
+            engine, zero_optimizer = self._setup_model_and_optimizer(model, optimizer)
+        self._set_deepspeed_activation_checkpointing()
+        if engine.lr_scheduler is not None:  # from `config`; Lightning steps it
+            self.lr_scheduler_configs = [LRSchedulerConfig(engine.lr_scheduler, interval="step")]
+            engine.lr_scheduler = None
+        self.optimizers = [zero_optimizer]
+        self.model = engine
 
     def _setup_model_and_optimizer(
         self, model: torch.nn.Module, optimizer: Optimizer | None, lr_scheduler: Any = None
     ) -> tuple[Any, Any]:
         """Make the engine. Schedulers stay with Lightning."""
-        import deepspeed
+        assert isinstance(self.config, dict)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        late: LateGroups | None = None
+        if optimizer is not None:
+            no_trained = any(not any(p.requires_grad for p in group["params"]) for group in optimizer.param_groups)
+            if self._trained_later or no_trained:
+                late = LateGroups(optimizer, names, self._trained_later)
+                optimizer = late.inner
+        with all_trainable(late.parameters) if late else nullcontext():
+            watch = FreezeWatch(optimizer.param_groups if optimizer else [{"params": list(names)}], names)
+            trained = [parameter for parameter in names if parameter.requires_grad]
+            self._set_buckets(sum(map(_numel, trained)))
+            engine, zero_optimizer = self._make_engine(model, self.config, trained, optimizer)
+        plugin = self.precision_plugin
+        assert isinstance(plugin, ZeROPrecision)
 
-        engine, zero_optimizer, _, _ = deepspeed.initialize(
-            args=argparse.Namespace(device_rank=self.local_rank),
-            config=self.config,
-            model=model,
-            model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            dist_init_required=False,
-        )
+        def before_step() -> list[dict[str, Any]]:
+            if late is not None:
+                late.take_over_options()
+            return watch.frozen_groups()
+
+        plugin.before_step = before_step
         return engine, zero_optimizer
+
+    def _set_buckets(self, elements: int) -> None:
+        """Buckets no larger than what there is to send: DeepSpeed allocates them in full."""
+        assert isinstance(self.config, dict)
+        size = min(_BUCKET, elements + elements % 2)
+        for key in ("reduce_bucket_size", "allgather_bucket_size"):
+            self.config["zero_optimization"].setdefault(key, max(size, 2))
 
     def _initialize_deepspeed_inference(self, model: torch.nn.Module) -> None:
         """Make an engine without an optimizer; the module's own hooks stay."""
+        assert isinstance(self.config, dict)
+        config = {key: value for key, value in self.config.items() if key not in ("optimizer", "scheduler")}
+        zero = config.pop("zero_optimization")
+        if self.zero_stage_3:
+            left_out = ("offload_optimizer", "zenflow")
+            config["zero_optimization"] = {key: value for key, value in zero.items() if key not in left_out}
+        self.model, _ = self._make_engine(model, config, [], None)
+
+    def _make_engine(
+        self, model: torch.nn.Module, config: dict[str, Any], parameters: list[Any], optimizer: Optimizer | None
+    ) -> tuple[Any, Any]:
         import deepspeed
 
-        assert isinstance(self.config, dict)
-        config = {key: value for key, value in self.config.items() if key != "optimizer"}
-        if not self.zero_stage_3:
-            config.pop("zero_optimization")
-        else:
-            config["zero_optimization"].pop("offload_optimizer", None)
-        self.model, _, _, _ = deepspeed.initialize(
+        state = ModuleState(model)
+        engine, zero_optimizer, _, _ = deepspeed.initialize(
             args=argparse.Namespace(device_rank=self.local_rank),
             config=config,
             model=model,
-            model_parameters=[],
+            model_parameters=parameters,
+            optimizer=optimizer,
             dist_init_required=False,
         )
+        state.made()
+        self._module_state = state
+        return engine, zero_optimizer
+
+    # --------------------------------------------------------------------------------------------- during and after
+
+    def weigh_gradients(self, weight: float) -> None:
+        """Multiply the gradients of the next optimizer step by ``weight``; no other place reaches all of them."""
+        plugin = self.precision_plugin
+        assert isinstance(plugin, ZeROPrecision)
+        plugin.weigh_gradients(weight)
+
+    def _broadcast_buffers(self) -> None:
+        """Give every rank the buffers of rank 0, as DDP does: running averages differ otherwise."""
+        assert self.lightning_module is not None
+        if self.world_size > 1:
+            for buffer in self.lightning_module.buffers():
+                torch.distributed.broadcast(buffer.data, 0)
+
+    def on_validation_start(self) -> None:
+        """Validate with the same running averages on every rank."""
+        self._broadcast_buffers()
+        super().on_validation_start()
 
     def on_exception(self, exception: BaseException) -> None:
         """Say which rank is gone, where that is the cause."""
+        self._failed = True
         explain_lost_peer(exception)
         super().on_exception(exception)
 
     def teardown(self) -> None:
-        """Let go of the engine and of its hooks on the module."""
-        if isinstance(self.model, torch.nn.Module) and not isinstance(self.model, LightningModule):
-            engine: Any = self.model
+        """Let go of the engine, and leave the module as it was: whole, without hooks.
+
+        A module whose layers ``configure_model`` made split stays split, and so does one after an exception, when
+        other ranks may be gone.
+        """
+        engine: Any = self.model
+        if engine is not None and not isinstance(engine, LightningModule):
+            state = self._module_state
+            keep = state is None or (self.zero_stage_3 and (self._failed or state.split_before))
+            whole = {} if keep or state is None else state.whole_parameters()
             engine.module_forward_pre_hook.remove()
             engine.module_forward_post_hook.remove()
             engine.destroy()
+            if state is not None and not keep:
+                state.restore(whole)
             self.model = self.lightning_module
+        self._module_state = None
         self._config_initialized = False
         super().teardown()
 
 
-def _forget_stale_groups() -> None:
-    """Drop DeepSpeed's handles of process groups that ended with an earlier run in this process."""
-    from deepspeed.comm import comm
-    from deepspeed.utils import groups
+def _only_one(optimizers: list[Optimizer]) -> Optimizer:
+    """The optimizer, of a list of one.
 
-    if torch.distributed.is_initialized():
-        try:
-            torch.distributed.get_rank(groups._WORLD_GROUP)
-            return
-        except ValueError:  # made for a group that was destroyed since
-            pass
-    groups._release_process_group_references()
-    comm.cdb = None
+    Raises:
+        MisconfigurationException: If there are more, or none.
+    """
+    if len(optimizers) > 1:
+        raise MisconfigurationException(
+            f"ZeRO's engine splits and steps one optimizer, but `configure_optimizers` returned {len(optimizers)}. "
+            f"Make them parameter groups of one, or use {_OTHERS}, which take several."
+        )
+    if not optimizers or not any(group["params"] for group in optimizers[0].param_groups):
+        raise MisconfigurationException(
+            f"ZeRO needs an optimizer, but `configure_optimizers` returned none. Return one, or use {_OTHERS}."
+        )
+    return optimizers[0]
+
+
+def _numel(parameter: torch.nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -1,0 +1,129 @@
+"""The step of a ZeRO engine: clipping, weighing and freezing where the gradients are reduced, split and in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision
+from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_warn
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+
+__all__ = ["ZeROPrecision"]
+
+
+class ZeROPrecision(DeepSpeedPrecision):
+    """Precision under DeepSpeed: real autocast for ``bf16-mixed``, and clipping for whoever asks for it.
+
+    Args:
+        precision: ``"32-true"``, ``"bf16-mixed"``, ``"bf16-true"``, ``"16-mixed"`` or ``"16-true"``.
+    """
+
+    def __init__(self, precision: Any) -> None:
+        super().__init__(precision)
+        self.device_type = "cpu"
+        self.before_step: Callable[[], list[dict[str, Any]]] = list
+        """Called before every step; returns the groups that are frozen now."""
+        self._clip: tuple[float, GradClipAlgorithmType] | None = None
+        self._weight = 1.0
+        self._skipped = 0
+
+    @property
+    def autocast(self) -> bool:
+        """Whether the module stays in fp32 and its operations run in bfloat16."""
+        return bool(self.precision == "bf16-mixed")
+
+    def convert_input(self, data: Any) -> Any:
+        """Autocast converts what it needs by itself."""
+        return data if self.autocast else super().convert_input(data)
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """Autocast for code that runs outside the engine's forward as well."""
+        return torch.autocast(self.device_type, torch.bfloat16) if self.autocast else super().forward_context()
+
+    def clip_gradients(
+        self,
+        optimizer: Optimizer,
+        clip_val: int | float = 0.0,
+        gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
+    ) -> None:
+        """Clip in the step that follows, where the gradients are reduced and in fp32."""
+        self._clip = (float(clip_val or 0.0), GradClipAlgorithmType(gradient_clip_algorithm or "norm"))
+
+    def weigh_gradients(self, weight: float) -> None:
+        """Multiply the gradients by ``weight`` in the step that follows, before they are clipped."""
+        self._weight *= weight
+
+    def backward(  # type: ignore[override]  # as in the base class
+        self, tensor: Tensor, model: LightningModule, optimizer: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Add to the gradients, also where one `training_step` calls this several times."""
+        engine: Any = model.trainer.model
+        # Else a second backward in one forward would replace the gradients of the first at stage 3
+        engine.optimizer.clear_backward_seen_flag()
+        super().backward(tensor, model, optimizer, *args, **kwargs)
+
+    def optimizer_step(  # type: ignore[override]  # as in the base class
+        self, optimizer: Optimizer, model: LightningModule, closure: Callable[[], Any], **kwargs: Any
+    ) -> Any:
+        """Run the closure, then the engine's step."""
+        engine: Any = model.trainer.model
+        if isinstance(engine.basic_optimizer, LBFGS):
+            raise MisconfigurationException(
+                "LBFGS evaluates the loss several times in a step, which ZeRO does not. Use another optimizer, or "
+                "strategy='accel_ddp'."
+            )
+        result = closure()
+        self._after_closure(model, optimizer)
+        if model.automatic_optimization and result is None:
+            raise MisconfigurationException(
+                "`training_step` returned None on this rank, and the others would wait for it. Return a loss of zero "
+                "instead: `sum(parameter.sum() for parameter in self.parameters()) * 0.0`."
+            )
+        amount, algorithm = self._clip or (0.0, GradClipAlgorithmType.NORM)
+        weight, self._weight, self._clip = self._weight, 1.0, None
+        by_norm = algorithm == GradClipAlgorithmType.NORM
+        engine.optimizer.clip_grad = amount / weight if by_norm else 0.0  # the engine clips before they are weighed
+        frozen = self.before_step()
+        changes: list[Callable[[Tensor], Any]] = []
+        if weight != 1.0:
+            changes.append(lambda gradient: gradient.mul_(weight))
+        if amount and not by_norm:
+            changes.append(lambda gradient: gradient.clamp_(-amount, amount))
+        _step(engine, frozen, changes)
+        if engine.skipped_steps != self._skipped:
+            self._skipped = engine.skipped_steps
+            if not self.precision.startswith("16-"):  # with float16's loss scale that is part of the game
+                rank_zero_warn(
+                    "The gradients held inf or NaN: DeepSpeed skipped this optimizer step. Lower the learning rate, or "
+                    "find the operation with Trainer(detect_anomaly=True)."
+                )
+        return result
+
+
+def _step(engine: Any, frozen: list[dict[str, Any]], changes: list[Callable[[Tensor], Any]]) -> None:
+    """The engine's step, with changes to the reduced, unscaled fp32 gradients: a partition each."""
+    if not frozen and not changes:
+        engine.step()
+        return
+
+    def change(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            passed_over = any(group is other for other in frozen)
+            for partition in group["params"]:
+                if passed_over:  # as for a parameter without a gradient: no momentum, no weight decay
+                    partition.grad = None
+                elif partition.grad is not None:
+                    for function in changes:
+                        function(partition.grad)
+
+    handle = engine.basic_optimizer.register_step_pre_hook(change)
+    try:
+        engine.step()
+    finally:
+        handle.remove()
