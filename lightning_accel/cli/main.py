@@ -10,12 +10,13 @@ from lightning_accel.cli.usage import UsageError, suggest
 __all__ = ["main"]
 
 _LIGHTNING = ("fit", "validate", "test", "predict")
-_COMMANDS = (*_LIGHTNING, "compare", "methods", "plan", "recipe")
+_COMMANDS = (*_LIGHTNING, "compare", "consolidate", "methods", "plan", "recipe")
 _HELP = """usage: lightning-accel COMMAND [ARGUMENTS]
 
   fit, validate, test, predict   LightningCLI, where LowBitOptimizer is enough for lightning_accel.LowBitOptimizer;
                                  `fit --recipe NAME` appends a recipe's callbacks to yours
   compare                        run plain and accelerated side by side, and write the receipt
+  consolidate                    write one plain file of a sharded checkpoint
   plan                           tell what a run needs on each device under each strategy, and which fit
   methods                        list every method, what it does and what it touches
   recipe                         list the recipes, or print one
@@ -63,6 +64,10 @@ def _run(command: str, args: list[str]) -> int:
         from lightning_accel.cli.plan import run_plan
 
         return run_plan(args)
+    if command == "consolidate":
+        from lightning_accel.cli.consolidate import run_consolidate
+
+        return run_consolidate(args)
     if command == "compare":
         from lightning_accel.cli.compare import run_compare
 

@@ -149,7 +149,7 @@ def is_complete(path: Path) -> bool:
             return not find_damage(path, read=False)
         if (path / "latest").is_file():
             files = list((path / (path / "latest").read_text().strip()).glob("*.pt"))
-            return bool(files) and all(map(_ends_well, files))
+            return bool(files) and all(_ends_well(file) or _is_old_format(file) for file in files)
         return all((path / name).is_file() for name in (".metadata", "meta.pt")) and _ends_well(path / "meta.pt")
     return path.is_file() and _ends_well(path)
 
@@ -264,6 +264,12 @@ def _flush(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def _is_old_format(file: Path) -> bool:
+    """Whether a file has torch's format before zip archives, which plain DeepSpeed writes; its end tells nothing."""
+    with file.open("rb") as stream:
+        return stream.read(15) == b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 def _ends_well(file: Path) -> bool:

@@ -26,7 +26,7 @@ __all__ = ["LazyStateDict", "ZeroShards", "is_zero_checkpoint", "load_without_tr
 _ENGINE_KEYS = {
     *("module", "buffer_names", "param_shapes", "shared_params", "frozen_param_shapes", "frozen_param_fragments"),
     *("optimizer", "lr_scheduler", "data_sampler", "random_ltd", "universal_checkpoint_info"),
-    *("skipped_steps", "global_steps", "global_samples", "dp_world_size", "mp_world_size", "checkpoint_parallel_dims"),
+    *("skipped_steps", "global_steps", "global_samples", "dp_world_size", "mp_world_size", "checkpoint_parallel_dimensions"),
     *("ds_config", "ds_version"),
 }
 
@@ -243,6 +243,11 @@ class LazyStateDict(MutableMapping[str, Any]):
     def __init__(self, shards: ZeroShards, entries: dict[str, Any]) -> None:
         self._shards = shards
         self._entries = entries  # a name of a trained parameter, or the value itself
+
+    def trained(self, key: str) -> str | None:
+        """The name under which the shards have an entry; ``None`` if it is not a trained parameter as it was saved."""
+        entry = self._entries[key]
+        return entry if isinstance(entry, str) else None
 
     def shape(self, key: str) -> torch.Size:
         """The shape of an entry, without reading it."""

@@ -167,6 +167,8 @@ def test_directories_of_others(tmp_path: Path) -> None:
     assert is_complete(deepspeed)
     (deepspeed / "checkpoint" / "mp_rank_00_model_states.pt").write_bytes(b"PK")
     assert not is_complete(deepspeed)
+    torch.save({}, deepspeed / "checkpoint" / "mp_rank_00_model_states.pt", _use_new_zipfile_serialization=False)
+    assert is_complete(deepspeed)
 
     torch_distributed = tmp_path / "dcp"
     torch_distributed.mkdir()
