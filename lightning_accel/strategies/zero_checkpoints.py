@@ -245,11 +245,11 @@ class _Failed:
 
 
 @contextlib.contextmanager
-def _on_every_rank(strategy: ZeROCheckpoints, what: str) -> Iterator[_Failed]:
+def _on_every_rank(ranks: ZeROCheckpoints, what: str) -> Iterator[_Failed]:
     """Raise on every rank what went wrong on some of them, so that none waits for the others."""
     failed = _Failed()
     yield failed
-    reports = strategy._gather(failed.errors)
+    reports = ranks._gather(failed.errors)
     if any(reports):
         lines = [f"rank {rank}: {error}" for rank, errors in enumerate(reports) for error in errors]
         raise CheckpointError(f"{what}. {' '.join(lines)}")

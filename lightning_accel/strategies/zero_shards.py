@@ -25,9 +25,9 @@ __all__ = ["LazyStateDict", "ZeroShards", "is_zero_checkpoint", "load_without_tr
 # What DeepSpeed puts beside the caller's own entries into the file of rank 0
 _ENGINE_KEYS = {
     *("module", "buffer_names", "param_shapes", "shared_params", "frozen_param_shapes", "frozen_param_fragments"),
-    *("optimizer", "lr_scheduler", "data_sampler", "random_ltd", "universal_checkpoint_info"),
-    *("skipped_steps", "global_steps", "global_samples", "dp_world_size", "mp_world_size", "checkpoint_parallel_dimensions"),
-    *("ds_config", "ds_version"),
+    *("optimizer", "lr_scheduler", "data_sampler", "random_ltd", "universal_checkpoint_info", "ds_config"),
+    *("skipped_steps", "global_steps", "global_samples", "dp_world_size", "mp_world_size", "ds_version"),
+    "checkpoint_parallel_dimensions",
 }
 
 
