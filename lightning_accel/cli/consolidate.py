@@ -42,11 +42,11 @@ def run_consolidate(args: list[str]) -> int:
     begun = time.monotonic()
     try:
         made = consolidate_checkpoint(*paths, overwrite="--overwrite" in args, optimizer="--no-optimizer" not in args)
-    except FileExistsError as error:
-        raise UsageError(f"{error} Give another name, or --overwrite.") from error
     except ValueError as error:
         raise UsageError(str(error)) from error
     except (CheckpointError, ImportError, OSError) as error:
+        if isinstance(error, FileExistsError) and error.errno is None:  # OUT, and not a file in the way of a directory
+            raise UsageError(f"{error} Give another name, or --overwrite.") from error
         print(f"lightning-accel: {error}", file=sys.stderr)
         return 1
     for note in made.notes:

@@ -20,7 +20,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_accel.hooks.atomic import CheckpointError, PartialCheckpoint, checksum, find_damage
+from lightning_accel.hooks.atomic import CheckpointError, PartialCheckpoint, checksum, find_damage, write_beside
 from lightning_accel.strategies.zero_restore import (
     OptimizerSource,
     PlainOptimizer,
@@ -58,10 +58,19 @@ class ZeROCheckpoints(DeepSpeedStrategy):
         """
         if storage_options is not None:
             raise TypeError("Expected `storage_options` to be None: ZeROStrategy writes directories itself.")
-        engine = self._training_engine()
-        path = Path(self.broadcast(str(filepath)))
         if "://" in str(filepath):
             raise MisconfigurationException(f"ZeROStrategy writes directories: use a local path, not {filepath}.")
+        path = Path(self.broadcast(str(filepath)))
+        engine: Any = self.model
+        if isinstance(engine, LightningModule) or not hasattr(engine.optimizer, "state_dict"):
+            self._save_weights(checkpoint, path)
+            return
+        if engine.zero_optimization_partition_gradients() and getattr(engine, "_unmanaged_backward_count", 0):
+            rank_zero_warn(
+                f"{path} is saved in the middle of an accumulation window, and the gradients that stages 2 and 3 have "
+                "split are not in it: a run that goes on from it is not exactly this one. Save after an optimizer step "
+                "(ModelCheckpoint(every_n_train_steps=...)), or use stage 1."
+            )
         partial: PartialCheckpoint | None = None
         with _on_every_rank(self, f"The checkpoint {path} could not be written") as failed:
             if self.is_global_zero:
@@ -92,19 +101,22 @@ class ZeROCheckpoints(DeepSpeedStrategy):
         """Nothing for Lightning's checkpoint: the engine saves it."""
         return {}
 
-    def _training_engine(self) -> Any:
-        engine: Any = self.model
-        if isinstance(engine, LightningModule) or engine is None:
+    def _save_weights(self, checkpoint: dict[str, Any], path: Path) -> None:
+        """Write a plain checkpoint: there is no engine that trains."""
+        assert self.lightning_module is not None
+        if any(hasattr(parameter, "ds_id") for parameter in self.lightning_module.parameters()):
             raise MisconfigurationException(
-                "ZeROStrategy can't save now: the optimizer's state ends with the fit. Save during it, with "
-                "ModelCheckpoint(save_last=True)."
+                "ZeROStrategy can't save here: at stage 3 the weights are split, and this run has no optimizer to save "
+                "them by. Save during the fit, with ModelCheckpoint(save_last=True), or evaluate at stage 2."
             )
-        if not hasattr(engine.optimizer, "state_dict") or not engine.zero_optimization():
-            raise MisconfigurationException(
-                "ZeROStrategy saves while it trains: this run has no optimizer. Copy the checkpoint that it was "
-                "started from, or save a plain one with `torch.save(module.state_dict(), path)`."
-            )
-        return engine
+        rank_zero_warn(
+            f"{path} is a plain checkpoint without the optimizer's state, which is gone when the fit is over. To go on "
+            "from a checkpoint, save it during the fit, with ModelCheckpoint(save_last=True)."
+        )
+        with _on_every_rank(self, f"The checkpoint {path} could not be written") as failed:
+            if self.is_global_zero:
+                with failed.catch(), write_beside(path) as file:
+                    torch.save({key: value for key, value in checkpoint.items() if key != "optimizer_states"}, file)
 
     # ------------------------------------------------------------------------------------------------------ loading
 
@@ -169,7 +181,8 @@ class ZeROCheckpoints(DeepSpeedStrategy):
             return source
         saved = checkpoint.get("optimizer_states") or []
         if not saved:
-            return None  # Lightning refuses to resume from weights alone, with its own message
+            rank_zero_warn(f"{self._source_path} has no optimizer state: it starts afresh.")
+            return None
         shapes = {name: shape_of(parameter) for name, parameter in module.named_parameters()}
         reason = f"it has {len(saved)} optimizers"
         if len(saved) == 1:

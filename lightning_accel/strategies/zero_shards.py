@@ -9,6 +9,7 @@ to go on with another number of ranks or another stage.
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,11 +67,12 @@ def load_without_trust(file: Path, known: Sequence[type] = ()) -> Any:
                     raise
                 return torch.load(file, map_location="cpu")  # plain DeepSpeed writes the old format
     except pickle.UnpicklingError as error:
-        if "weights_only" not in str(error).lower():
-            raise CheckpointError(f"{file} can't be read ({error}). Use another checkpoint.") from error
-        reason = str(error).split("\n", 1)[0]
+        unknown = re.search(r"(?:Unsupported global|Unsupported class|GLOBAL)[^.]*?([\w.]+\.\w+)", str(error))
+        if unknown is None:  # not a checkpoint at all
+            raise CheckpointError(f"{file} can't be read: it is not a file of torch.save.") from error
+        reason = unknown[1]
         raise CheckpointError(
-            f"{file} has objects that are not loaded without trust: {reason} If you trust the file, name their classes "
+            f"{file} has objects of {reason}, which are not loaded without trust. If you trust it, name the class "
             "in torch.serialization.add_safe_globals, or set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1."
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
