@@ -118,11 +118,7 @@ class ExactResume(AccelCallback):
             ],
             "reload_epochs": data.reload_epochs(trainer),
             "metrics": {name: value.detach().cpu() for name, value in data.callback_metrics(trainer).items()},
-            "gradients": {
-                name: parameter.grad.detach().cpu().clone()
-                for name, parameter in pl_module.named_parameters()
-                if keeps_gradients and parameter.grad is not None
-            },
+            "gradients": data.partial_gradients(trainer, pl_module) if keeps_gradients else {},
         }
 
     def _leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -201,9 +197,7 @@ class ExactResume(AccelCallback):
         _wake_validation(trainer, state["validation"])
         if state["where"] in data.EPOCH_BOUNDARY:
             _load_stateful(trainer, state["stateful"], at_end=True)
-        for name, parameter in pl_module.named_parameters():
-            if name in state["gradients"]:
-                parameter.grad = state["gradients"][name].to(parameter.device)
+        data.load_partial_gradients(trainer, pl_module, state["gradients"])
         self._window_open = bool(state["gradients"])
         for loader, states in zip(data.train_loaders(trainer), state["generators"], strict=False):
             replay.set_generator_states(loader, states)

@@ -10,12 +10,13 @@ them (:func:`settle`), so that the loop goes on at exactly that place.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.types import _Stateful
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from lightning_accel.hooks.callback import AccelCallback
 
@@ -26,9 +27,11 @@ __all__ = [
     "go_on_from",
     "is_stateful",
     "load_data_again",
+    "load_partial_gradients",
     "on_fit_goes_on",
     "on_loaders_ready",
     "on_validation_loaders_ready",
+    "partial_gradients",
     "place",
     "reload_epochs",
     "saved_loader_states",
@@ -140,6 +143,30 @@ def _stop_restarting(trainer: Trainer) -> None:
 def window_is_open(trainer: Trainer) -> bool:
     """Whether gradients of this batch wait for those of the next ones before the optimizer steps."""
     return trainer.fit_loop._should_accumulate()
+
+
+def partial_gradients(trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
+    """Copies, on the CPU, of this rank's gradients that no optimizer step has used yet, by parameter.
+
+    A strategy that keeps them elsewhere than in ``parameter.grad`` has a method of this name.
+    """
+    if (own := getattr(trainer.strategy, "partial_gradients", None)) is not None:
+        return own()  # type: ignore[no-any-return]
+    return {
+        name: parameter.grad.detach().cpu().clone()
+        for name, parameter in pl_module.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def load_partial_gradients(trainer: Trainer, pl_module: LightningModule, gradients: Mapping[str, Tensor]) -> None:
+    """Put back what :func:`partial_gradients` gave."""
+    if (own := getattr(trainer.strategy, "load_partial_gradients", None)) is not None:
+        own(gradients)
+        return
+    for name, parameter in pl_module.named_parameters():
+        if name in gradients:
+            parameter.grad = gradients[name].to(parameter.device)
 
 
 def callback_metrics(trainer: Trainer) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lightning_accel.errors import check_int
 from lightning_accel.hooks.callback import AccelCallback
 from lightning_accel.hooks.clock import moment
+from lightning_accel.hooks.data import partial_gradients
 from lightning_accel.schedules import Moment
 
 __all__ = ["AccumulationWindow", "count_steps"]
@@ -82,7 +83,7 @@ class AccumulationWindow(AccelCallback):
             remaining = trainer.num_training_batches - self._start
             self._length = int(min(factor, remaining)) if math.isfinite(remaining) else factor
             trainer.accumulate_grad_batches = self._length
-        elif self._restored and not _has_gradients(pl_module):
+        elif self._restored and not partial_gradients(trainer, pl_module):
             rank_zero_warn(
                 f"The checkpoint was saved inside an accumulation window, {position - 1} of {self._length} "
                 "micro-batches in, without its partial gradients: this window goes on as one of the micro-batches "
@@ -192,7 +193,3 @@ def count_steps(next_factor: Any, batches: int, epochs: int, max_steps: int = -1
             done += min(next_factor(now), batches - done)
             step += 1
     return step
-
-
-def _has_gradients(pl_module: LightningModule) -> bool:
-    return any(parameter.grad is not None for parameter in pl_module.parameters())

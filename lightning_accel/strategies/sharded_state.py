@@ -130,6 +130,18 @@ def load_weights(path: Path, module: nn.Module, strict: bool = True) -> None:
     module.load_state_dict(state["state_dict"], strict=False)
 
 
+def _empty_groups(entries: Mapping[str, Any], key: str) -> Any:
+    """Where to load ``param_groups`` into: they were saved as one object, or (torch >= 2.8) each option by itself."""
+    if key in entries:
+        return None
+    groups: dict[int, dict[str, Any]] = {}
+    for entry in entries:
+        if entry.startswith(f"{key}."):
+            number, _, option = entry.removeprefix(f"{key}.").partition(".")
+            groups.setdefault(int(number), {})[option] = None
+    return [groups[number] for number in sorted(groups)]
+
+
 def load_optimizer(path: Path, number: int, optimizer: Optimizer, module: nn.Module) -> None:
     """Load the state of one optimizer from a directory of shards, each rank its own part.
 
@@ -139,7 +151,8 @@ def load_optimizer(path: Path, number: int, optimizer: Optimizer, module: nn.Mod
     entries = _saved_entries(path)
     names = {parameter: name for name, parameter in module.named_parameters()}
     root = f"optimizer_{number}"
-    if f"{root}.param_groups" not in entries:
+    groups = _empty_groups(entries, f"{root}.param_groups")
+    if groups == []:
         raise RuntimeError(f"{path} has no state of optimizer {number}: it was saved with fewer optimizers.")
     by_owner: dict[str, list[str]] = {}
     for key in entries:
@@ -158,7 +171,7 @@ def load_optimizer(path: Path, number: int, optimizer: Optimizer, module: nn.Mod
                 else:
                     empty = torch.zeros(entry.size, dtype=dtype)
             state.setdefault(names[parameter], {})[name] = empty
-    loaded: dict[str, Any] = {root: {"state": state, "param_groups": None}}
+    loaded: dict[str, Any] = {root: {"state": state, "param_groups": groups}}
     load(loaded, checkpoint_id=path)
     loaded = loaded[root]
     number_of = {name: index for index, name in enumerate(names[parameter] for parameter in _parameters(optimizer))}

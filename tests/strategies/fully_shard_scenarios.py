@@ -315,13 +315,17 @@ def optimizer_state(trainer: Trainer) -> list[Any]:
 
 
 class SaveAt(Callback):
-    """Saves after a number of batches, from the first hook after them."""
+    """Saves after a number of batches; after 0 at the end of the first epoch."""
 
     def __init__(self, path: Path, batches: int) -> None:
         self.path, self.batches = path, batches
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if trainer.fit_loop.total_batch_idx + 1 == self.batches:
+            trainer.save_checkpoint(self.path)
+
+    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+        if self.batches == 0 == trainer.current_epoch:
             trainer.save_checkpoint(self.path)
 
 
@@ -412,7 +416,10 @@ def after_an_exception(folder: Path) -> dict[str, Any]:
 
 
 CHECKPOINTS: dict[str, Callable[[Path], dict[str, Any]]] = {
-    "in an epoch": partial(resumed, name="in_an_epoch", module=partial(Net, "adamw", "LambdaLR"), methods=list),
+    "in an epoch": partial(resumed, name="in_an_epoch", module=partial(Net, "adamw", "LambdaLR")),
+    "between epochs": partial(
+        resumed, name="between_epochs", module=partial(Net, "adamw", "LambdaLR"), methods=list, at=0
+    ),
     "in a window": partial(resumed, name="in_a_window", module=partial(Net, "sgd"), at=3, accumulate_grad_batches=2),
     "in a window of ours": partial(
         resumed,
@@ -425,14 +432,14 @@ CHECKPOINTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     ),
     "bf16 in a window": partial(
         resumed,
-        partial(shards, param_dtype="bfloat16", reduce_dtype="float32"),
         name="bf16",
+        strategy=partial(shards, param_dtype="bfloat16", reduce_dtype="float32"),
         at=3,
         accumulate_grad_batches=2,
         precision="bf16-mixed",
     ),
-    "gan": partial(resumed, name="gan", module=Gan, at=3),
-    "batch norm": partial(resumed, name="batch_norm", module=partial(Net, extra="batchnorm")),
+    "gan in a window": partial(resumed, name="gan", module=Gan, at=3),
+    "batch norm in an epoch": partial(resumed, name="batch_norm", module=partial(Net, extra="batchnorm")),
     "one file": partial(resumed, name="one.ckpt", strategy=one_file),
     "from ddp": partial(resumed, name="ddp.ckpt", strategy=lambda: "ddp", again=shards),
     "to ddp": partial(resumed, name="to_ddp.ckpt", strategy=one_file, again=lambda: "ddp"),
