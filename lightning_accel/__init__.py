@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_accel.optimizers.low_bit import LowBitOptimizer
     from lightning_accel.pruning.gradual import GradualPruning
     from lightning_accel.schedules import Duration
+    from lightning_accel.strategies.ddp import RestartableDDPStrategy
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ __all__ = [
     "LabelSmoothing",
     "LowBitOptimizer",
     "NoEffectWarning",
+    "RestartableDDPStrategy",
 ]
 
 _HOME = {
@@ -43,6 +45,7 @@ _HOME = {
     "LabelSmoothing": "augment.label_smoothing",
     "LowBitOptimizer": "optimizers.low_bit",
     "NoEffectWarning": "errors",
+    "RestartableDDPStrategy": "strategies.ddp",
 }
 
 
