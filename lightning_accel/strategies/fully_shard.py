@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule, Trainer
@@ -34,6 +35,7 @@ from lightning_accel.strategies.wrapping import check_blocks, choose_blocks
 
 __all__ = ["FullyShardStrategy"]
 
+_WHOLE_MATRICES = ("Adafactor", "LBFGS", "Rprop", "SparseAdam")
 _PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-true")
 
 
@@ -86,6 +88,9 @@ class FullyShardStrategy(FullyShardCheckpoints):
         self.replicas = check_int("replicas", replicas, minimum=1)
         self._seconds = check_number("timeout", timeout, 0, float("inf"), open_low=True, open_high=True)
         self._in_manual_step = False
+        self._order: sharding.CallOrder | None = None  # while ranks predict different numbers of batches
+        self._batches_left: float = 0
+        self._batches_missing = 0
         super().__init__(
             save_distributed_checkpoint=save_distributed_checkpoint,
             process_group_backend=process_group_backend,
@@ -134,10 +139,19 @@ class FullyShardStrategy(FullyShardCheckpoints):
         module = self._module
         self.accelerator.setup(trainer)
         self._check_precision()
+        settings = [self.blocks, self.reshard_after_forward, self.offload, self.replicas, self.param_dtype]
+        settings += [self.reduce_dtype, self.precision_plugin.precision]
         if not self._is_sharded:
             self._root = self._shard(module)
+            self._root.settings = settings
+        elif self._root.settings != settings:
+            rank_zero_warn(
+                f"{type(module).__name__} was sharded by an earlier Trainer, and stays so: other arguments of "
+                "FullyShardStrategy, or another precision, have no effect on it. Make a new module to use them."
+            )
         self.model = self._root
-        self._root.reset_iter_state()  # of a step that an exception ended
+        if hasattr(self._root, "reset_iter_state"):  # not in older torch
+            self._root.reset_iter_state()  # of a step that an exception ended
         sharding.forget_partial_gradients(self._root)
         self._units = sharding.units(self._root)
         if self._root.replicated:
@@ -152,6 +166,11 @@ class FullyShardStrategy(FullyShardCheckpoints):
             raise MisconfigurationException(
                 f"{type(module).__name__} has parameters that are sharded already, perhaps in its `configure_model`: "
                 "remove that, since FullyShardStrategy does it; or keep it, with Lightning's ModelParallelStrategy."
+            )
+        if any(parameter.is_meta for parameter in module.parameters()):
+            raise MisconfigurationException(
+                f"{type(module).__name__} has parameters on the meta device, which have no values to shard: build it "
+                "on the CPU, where each rank needs room for one copy."
             )
         module = self.precision_plugin.convert_module(module)  # type: ignore[assignment]
         if self._layer_sync is not None:
@@ -206,6 +225,12 @@ class FullyShardStrategy(FullyShardCheckpoints):
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Make the optimizers of the shards."""
         super().setup_optimizers(trainer)
+        for optimizer in self.optimizers:
+            if type(optimizer).__name__ in _WHOLE_MATRICES:
+                raise MisconfigurationException(
+                    f"{type(optimizer).__name__} does not run on shards: torch has no sharded form of its operations. "
+                    "Use an optimizer such as AdamW or SGD, or strategy='ddp'."
+                )
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             if len({isinstance(parameter, DTensor) for parameter in group["params"]}) > 1 and not group.get("foreach"):
                 group["foreach"] = False  # its kernels do not take sharded and whole parameters together
@@ -233,6 +258,7 @@ class FullyShardStrategy(FullyShardCheckpoints):
 
             return call
 
+        before = dict(vars(module))
         for name in names:
             vars(module)[name] = gathering_anew(getattr(module, name))
         self._in_manual_step = True
@@ -243,7 +269,10 @@ class FullyShardStrategy(FullyShardCheckpoints):
             self._in_manual_step = False
             self._reshard()
             for name in names:
-                del vars(module)[name]
+                if name in before:
+                    vars(module)[name] = before[name]
+                else:
+                    del vars(module)[name]
 
     def _gather_anew(self) -> None:
         self._reshard()
@@ -295,8 +324,15 @@ class FullyShardStrategy(FullyShardCheckpoints):
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's step with everything gathered that is in no block."""
+        if self._order is not None:
+            self._order.called.clear()
         with self.precision_plugin.predict_step_context():
-            return self._evaluate(partial(self._module.predict_step, *args, **kwargs))
+            result = self._evaluate(partial(self._module.predict_step, *args, **kwargs))
+        self._batches_left -= 1
+        if self._order is not None and self._batches_left == 0:
+            for _ in range(self._batches_missing):  # the other ranks can't gather without this one
+                self._order.repeat()
+        return result
 
     def on_validation_start(self) -> None:
         """Evaluate with the buffers of rank 0 everywhere, as DDP does."""
@@ -307,8 +343,15 @@ class FullyShardStrategy(FullyShardCheckpoints):
         self._sync_buffers()
 
     def on_predict_start(self) -> None:
-        """Evaluate with the buffers of rank 0 everywhere, as DDP does."""
+        """See how many batches the other ranks have: the data is not padded for prediction, so some have one less."""
         self._sync_buffers()
+        own = sum(self._module.trainer.num_predict_batches)
+        everyone: list[Any] = [own] * self.world_size
+        dist.all_gather_object(everyone, own)
+        self._batches_left = own
+        self._batches_missing = int(max(everyone) - own) if max(everyone) < float("inf") else 0
+        if self._batches_missing and self.reshard_after_forward:
+            self._order = sharding.CallOrder(self._units[1:])
 
     def on_validation_end(self) -> None:
         """Free what was gathered."""
@@ -320,6 +363,9 @@ class FullyShardStrategy(FullyShardCheckpoints):
 
     def on_predict_end(self) -> None:
         """Free what was gathered."""
+        if self._order is not None:
+            self._order.remove()
+            self._order = None
         self._reshard()
 
     def on_exception(self, exception: BaseException) -> None:

@@ -124,7 +124,8 @@ def load_weights(path: Path, module: nn.Module, strict: bool = True) -> None:
         wrong += [f"missing in the checkpoint: {name}" for name in own if name not in saved]
         wrong += [f"not in the module: {name}" for name in saved if name not in own]
     if wrong:
-        raise RuntimeError(f"{path} is no checkpoint of this {type(module).__name__}: {'; '.join(wrong)}.")
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise RuntimeError(f"{path} is no checkpoint of this {type(module).__name__}: {'; '.join(wrong[:5])}{more}.")
     state = {"state_dict": {name: value for name, value in own.items() if name in saved}}
     load(state, checkpoint_id=path)
     module.load_state_dict(state["state_dict"], strict=False)

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 __all__ = [
+    "CallOrder",
     "ShardedRoot",
     "broadcast_values",
     "check_same_modules",
@@ -48,6 +49,9 @@ class ShardedRoot(nn.Module):
         for parameter in self.replicated:
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._average)  # type: ignore[no-untyped-call]
+
+    settings: Any = None
+    """What it was sharded with."""
 
     def forward(self, step: Callable[[], Any]) -> Any:
         """Run ``step``."""
@@ -108,6 +112,25 @@ def shard(
 def units(root: nn.Module) -> list[Any]:
     """All modules that are gathered on their own, the root first."""
     return [item for item in root.modules() if isinstance(item, FSDPModule)]
+
+
+class CallOrder:
+    """Remembers in which order units are called, to gather them as often as ranks that have more batches."""
+
+    def __init__(self, units: Iterable[Any]) -> None:
+        self.called: list[Any] = []
+        self._handles = [unit.register_forward_pre_hook(lambda unit, _: self.called.append(unit)) for unit in units]
+
+    def repeat(self) -> None:
+        """Gather and free what was called, in that order."""
+        for unit in self.called:
+            unit.unshard()
+            unit.reshard()
+
+    def remove(self) -> None:
+        """Stop to remember."""
+        for handle in self._handles:
+            handle.remove()
 
 
 def check_same_modules(module: nn.Module) -> None:

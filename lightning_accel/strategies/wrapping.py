@@ -79,7 +79,7 @@ def choose_blocks(module: nn.Module, blocks: Blocks = "auto") -> tuple[dict[str,
     split = _split_sharers(module, chosen)
     if split:
         names = ", ".join(split)
-        notes.append(f"{names} shares parameters with modules outside of it, so it can't be gathered without them")
+        notes.append(f"parameters in {names} are shared with modules outside of it, without which it can't be gathered")
     return {name: item for name, item in chosen.items() if name not in split}, notes
 
 

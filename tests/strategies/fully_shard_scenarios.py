@@ -13,18 +13,26 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_accel.accumulation.gradient_accumulation import GradientAccumulation
+from lightning_accel.augment.label_smoothing import LabelSmoothing
 from lightning_accel.durability.exact_resume import ExactResume
+from lightning_accel.errors import NoEffectWarning
+from lightning_accel.optimizers.fused import FusedOptimizer
+from lightning_accel.optimizers.low_bit import LowBitOptimizer
+from lightning_accel.pruning.gradual import GradualPruning
 from lightning_accel.strategies.fully_shard import FullyShardStrategy
 from lightning_accel.strategies.sharded_state import shard_state_dict
 from tests.strategies.launch import serve
@@ -118,8 +126,6 @@ class Net(LightningModule):
             "nadam": partial(torch.optim.NAdam, lr=3e-3),
             "adafactor": partial(torch.optim.Adafactor, lr=3e-3),
             "adadelta": torch.optim.Adadelta,
-            "asgd": torch.optim.ASGD,
-            "rprop": torch.optim.Rprop,
             "radam": torch.optim.RAdam,
             "adamax": torch.optim.Adamax,
         }
@@ -238,22 +244,46 @@ def fit(
     made = module()
     trainer = make_trainer(strategy, callbacks(), **arguments)
     trainer.fit(made, data(), data(16), ckpt_path=ckpt_path)
-    result = {
-        "losses": made.losses,
-        "evaluated": made.evaluated,
-        "weights": weights(made),
-        "steps": trainer.global_step,
-        "rates": [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups],
+    return trainer, made, results(made)
+
+
+def results(module: Any) -> dict[str, Any]:
+    """What a fit gave."""
+    return {
+        "losses": module.losses,
+        "evaluated": module.evaluated,
+        "weights": weights(module),
+        "steps": module.trainer.global_step,
+        "rates": [group["lr"] for optimizer in module.trainer.optimizers for group in optimizer.param_groups],
     }
-    return trainer, made, result
+
+
+_under_ddp: dict[str, dict[str, Any]] = {}
 
 
 def both(strategy: Callable[[], Any] = shards, ddp: str = "ddp", **arguments: Any) -> dict[str, Any]:
     """The fit under DDP and under the strategy."""
-    return {"ddp": fit(ddp, **arguments)[2], "sharded": fit(strategy(), **arguments)[2]}
+    key = repr((ddp, sorted(arguments.items())))  # several scenarios have the same
+    if key not in _under_ddp:
+        _under_ddp[key] = fit(ddp, **arguments)[2]
+    return {"ddp": _under_ddp[key], "sharded": fit(strategy(), **arguments)[2]}
 
 
 gan = partial(both, ddp="ddp_find_unused_parameters_true", module=Gan)
+
+
+def inference_mode() -> dict[str, Any]:
+    """Validate before training, under inference mode as everywhere except under gloo."""
+    torch.manual_seed(1)
+    module = Net()
+    with mock.patch("lightning.pytorch.loops.utilities._distributed_is_initialized", return_value=False):
+        make_trainer(shards()).validate(module, data(16), verbose=False)
+        make_trainer(shards()).fit(module, data(), data(16))
+    torch.manual_seed(1)
+    plain = Net()
+    make_trainer("ddp").validate(plain, data(16), verbose=False)
+    make_trainer("ddp").fit(plain, data(), data(16))
+    return {name: results(made) for name, made in (("ddp", plain), ("sharded", module))}
 
 
 SAME: dict[str, Callable[[], dict[str, Any]]] = {
@@ -275,6 +305,8 @@ SAME: dict[str, Callable[[], dict[str, Any]]] = {
     "frozen": partial(both, module=partial(Net, extra="frozen")),
     "scalar": partial(both, module=partial(Net, extra="temperature"), gradient_clip_val=0.05),
     "scalar accumulated": partial(both, module=partial(Net, extra="temperature"), accumulate_grad_batches=2),
+    "other seeds": partial(both, module=partial(Net, extra="batchnorm"), seed=1 + RANK),
+    "inference mode": inference_mode,
     "no blocks": partial(both, partial(FullyShardStrategy, blocks=10**9)),
     "kept after forward": partial(both, partial(shards, reshard_after_forward=False)),
     "offload": partial(both, partial(shards, offload=True), gradient_clip_val=0.05),
@@ -282,15 +314,10 @@ SAME: dict[str, Callable[[], dict[str, Any]]] = {
     "gan": gan,
     "gan without toggling": partial(gan, module=partial(Gan, toggled=False)),
     "gan without blocks": partial(gan, partial(FullyShardStrategy, blocks=10**9)),
-    "adagrad": partial(both, module=partial(Net, "adagrad")),
-    "rmsprop": partial(both, module=partial(Net, "rmsprop")),
-    "nadam": partial(both, module=partial(Net, "nadam")),
-    "adafactor": partial(both, module=partial(Net, "adafactor")),
-    "radam": partial(both, module=partial(Net, "radam")),
-    "adamax": partial(both, module=partial(Net, "adamax")),
-    "adadelta": partial(both, module=partial(Net, "adadelta")),
-    "asgd": partial(both, module=partial(Net, "asgd")),
-    "rprop": partial(both, module=partial(Net, "rprop")),
+    **{
+        name: partial(both, module=partial(Net, name), limit_train_batches=3, max_epochs=1)
+        for name in ("adagrad", "rmsprop", "nadam", "radam", "adamax", "adadelta", "adamw foreach", "adamw fused")
+    },
     "param_dtype": partial(both, partial(shards, param_dtype="bfloat16"), precision="bf16-mixed"),
     "reduce_dtype": partial(both, partial(shards, reduce_dtype="bfloat16"), accumulate_grad_batches=2),
     "adamw foreach": partial(both, module=partial(Net, "adamw foreach")),
@@ -394,11 +421,15 @@ def second_fit(folder: Path) -> dict[str, Any]:
 
 
 class Stops(Callback):
-    """Raises in the middle of a backward, in an open window."""
+    """Raises in the middle of a forward, in the second batch of a window."""
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if trainer.global_step == 2:
-            raise KeyboardInterrupt if trainer.fit_loop.epoch_loop.batch_idx % 2 else ValueError("stopped")
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 5:
+            self.handle = pl_module.blocks[1].norm.register_forward_hook(self.stop)
+
+    def stop(self, *_: Any) -> None:
+        self.handle.remove()
+        raise ValueError("stopped")
 
 
 def after_an_exception(folder: Path) -> dict[str, Any]:
@@ -413,6 +444,18 @@ def after_an_exception(folder: Path) -> dict[str, Any]:
     make_trainer(shards(), accumulate_grad_batches=2).fit(module, data(), data(16))
     plain = fit("ddp", module=partial(Net, "sgd"), accumulate_grad_batches=2)[2]
     return {"ddp": plain["losses"], "sharded": module.losses}
+
+
+def uneven(folder: Path) -> dict[str, Any]:
+    """Predict what does not divide by the ranks: 13 samples, so that rank 0 has a batch more."""
+    torch.manual_seed(1)
+    module, x = Net(), torch.randn(13, 8)
+    trainer = make_trainer(shards(), use_distributed_sampler=True)
+    batches = trainer.predict(module, DataLoader(TensorDataset(x), 2))
+    assert batches is not None
+    torch.manual_seed(1)
+    expected = Net()(x[RANK::WORLD]).detach()
+    return {"batches": len(batches), "difference": (torch.cat(batches) - expected).abs().max()}  # type: ignore[arg-type]
 
 
 CHECKPOINTS: dict[str, Callable[[Path], dict[str, Any]]] = {
@@ -446,17 +489,133 @@ CHECKPOINTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "evaluated": evaluated,
     "checkpoints": checkpoints,
     "second fit": second_fit,
+    "uneven": uneven,
     "after an exception": after_an_exception,
 }
 
 
+# ------------------------------------------------------------------------------------------------------------ errors
+
+
+def message(function: Callable[[], Any]) -> str:
+    """Of the error that it must raise, with its type."""
+    try:
+        function()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    raise AssertionError("no error")
+
+
+class Meta(Net):
+    """Built on the meta device."""
+
+    def __init__(self) -> None:
+        with torch.device("meta"):
+            super().__init__()
+
+
+class Sharded(Net):
+    """Shards itself, as Lightning's ModelParallelStrategy asks for."""
+
+    def configure_model(self) -> None:
+        fully_shard(self.stem, mesh=init_device_mesh("cpu", (WORLD,)))
+
+
+class TwoDtypes(Net):
+    """One layer is in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.double()
+
+
+class ByRank(Net):
+    """Another module on another rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        if RANK:
+            self.head = nn.Linear(16, 9)
+
+
+def errors(folder: Path) -> dict[str, str]:
+    """What is refused, on every rank."""
+    path = folder / "to_be_damaged"
+    fit(shards(), callbacks=lambda: [SaveAt(path, 2)], max_epochs=1)
+    trainer, _, _ = fit(shards(), max_epochs=1)
+    trainer.save_checkpoint(folder / "weights_only", weights_only=True)
+    blocked = folder / "a_file"
+    blocked.write_text("in the way")
+    found = {
+        "no room": message(lambda: trainer.save_checkpoint(blocked / "checkpoint")),
+        "weights only": message(lambda: fit(shards(), ckpt_path=folder / "weights_only")),
+        "other module": message(lambda: fit(shards(), module=Gan, ckpt_path=path)),
+        "not a checkpoint": message(lambda: fit(shards(), ckpt_path=folder)),
+        "different": message(lambda: fit(shards(), module=ByRank)),
+        "meta": message(lambda: fit(shards(), module=Meta)),
+        "sharded": message(lambda: fit(shards(), module=Sharded)),
+        "dtypes": message(lambda: fit(shards(), module=TwoDtypes)),
+        "adafactor": message(lambda: fit(shards(), module=partial(Net, "adafactor"))),
+        "replicas": message(lambda: fit(shards(replicas=3))),
+        "param_dtype": message(lambda: fit(shards(param_dtype="bfloat16"))),
+        "LowBitOptimizer": message(lambda: fit(shards(), callbacks=lambda: [LowBitOptimizer()])),
+        "GradualPruning": message(lambda: fit(shards(), callbacks=lambda: [GradualPruning()])),
+    }
+    if RANK == 0:
+        file = max(path.glob("*.distcp"))
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    trainer.strategy.barrier()
+    found["changed"] = message(lambda: fit(shards(), ckpt_path=path))
+    trainer.strategy.barrier()
+    if RANK == 0:
+        file.write_bytes(content[:100])
+    trainer.strategy.barrier()
+    found["truncated"] = message(lambda: fit(shards(), ckpt_path=path))
+    return found
+
+
+def effects(folder: Path) -> dict[str, Any]:
+    """Warnings of what has no effect, and what a whole stack of methods gives."""
+    caught: dict[str, Any] = {}
+    for name, blocks in {"auto": "auto", "unknown": ["Block", "Missing"], "tied": ["Block"]}.items():
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            module = partial(Net, extra="tied blocks") if name == "tied" else Net
+            fit(FullyShardStrategy(blocks=blocks), module=module, max_steps=1)
+        caught[name] = [str(item.message) for item in seen if issubclass(item.category, NoEffectWarning)]
+    _, module, _ = fit(shards(), max_steps=1)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        make_trainer(shards(offload=True), max_steps=1).fit(module, data())
+    caught["again"] = [str(item.message) for item in seen if "earlier Trainer" in str(item.message)]
+    return caught
+
+
+def methods(folder: Path) -> dict[str, Any]:
+    """LabelSmoothing, GradientAccumulation and FusedOptimizer beside DDP."""
+
+    def stack() -> list[Callback]:
+        return [LabelSmoothing(0.1), GradientAccumulation({0: 2, 1: 3}), FusedOptimizer()]
+
+    return both(callbacks=stack)
+
+
+OTHERS: dict[str, Callable[[Path], Any]] = {
+    "errors": errors,
+    "effects": effects,
+    "methods": methods,
+    "from two": partial(elsewhere, name="../two/between_epochs"),
+    "from one": partial(elsewhere, name="../one/between_epochs"),
+}
+
+
 def _by_name(folder: Path, name: str) -> Any:
-    if name in SAME:
-        return SAME[name]()
-    return CHECKPOINTS[name](folder)
+    return SAME[name]() if name in SAME else {**CHECKPOINTS, **OTHERS}[name](folder)
 
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    serve({name: partial(lambda name, folder: _by_name(folder, name), name) for name in [*SAME, *CHECKPOINTS]})
+    serve({name: partial(lambda name, folder: _by_name(folder, name), name) for name in [*SAME, *CHECKPOINTS, *OTHERS]})
