@@ -1,7 +1,7 @@
 """How many bytes a device needs for a training state under each strategy: formulas, without torch.
 
 With N parameters of 4 bytes, Adam and W devices (ZeRO, Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054, and
-what real engines were measured to hold, docs/benchmarks/plan.md): DDP has 4N + 4N gradients + 4N of buckets that hold
+what real engines were measured to hold): DDP has 4N + 4N gradients + 4N of buckets that hold
 them once more + 8N of Adam's state. ZeRO divides the state by W (stage 1), then the gradients (2), then the parameters
 (3), and adds a master copy of the parameters, divided by W, in fp32 as well. FSDP2 divides all of it and has no master
 copy.
