@@ -74,8 +74,9 @@ class GradientAccumulation(AccumulationWindow):
         refuses={
             "GradientAccumulationScheduler": "both set how many batches make an optimizer step. Remove the scheduler.",
             "DeepSpeedStrategy": "DeepSpeed's engine counts windows by itself, with one factor for the whole fit. Use "
-            "Trainer(accumulate_grad_batches=...) with it.",
+            "ZeROStrategy (accel_zero1, accel_zero2, accel_zero3), which leaves them to the Trainer.",
         },
+        accepts=frozenset({"ZeROStrategy"}),
     )
 
     def __init__(self, factor: int | dict[int | str, int] = 1) -> None:

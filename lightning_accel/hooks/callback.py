@@ -69,6 +69,8 @@ class Contract:
     """Why it is refused under manual optimization, with the way out; empty where it works."""
     refuses: Mapping[str, str] = field(default_factory=dict)
     """Class names of strategies or callbacks (a base class counts) it can't work with: the reason and the way out."""
+    accepts: frozenset[str] = frozenset()
+    """Class names of strategies that it works with although :attr:`refuses` names a base class of theirs."""
 
     def __post_init__(self) -> None:
         unknown = (self.touches | self.reads) - set(TOUCHABLE)

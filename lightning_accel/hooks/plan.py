@@ -59,6 +59,8 @@ def check_conflicts(callbacks: Sequence[AccelCallback], trainer: Trainer, pl_mod
             *(other for other in trainer_callbacks(trainer) if other is not callback),
         ]
         for other in others:
+            if _is_named(other, contract.accepts):
+                continue
             for refused, reason in contract.refuses.items():
                 if _is_named(other, {refused}):
                     raise MisconfigurationException(f"{name} can't work with {type(other).__name__}: {reason}")

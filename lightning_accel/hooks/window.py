@@ -98,6 +98,9 @@ class AccumulationWindow(AccelCallback):
         """Weigh a window right that ended early because a loader of unknown length ran out."""
         done = self._position(trainer)
         if 0 < done < self._length:
+            if (weigh := getattr(trainer.strategy, "weigh_gradients", None)) is not None:
+                weigh(self._length / done)  # its gradients are reduced and split elsewhere
+                return
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     if parameter.grad is not None:

@@ -45,6 +45,7 @@ class FusedOptimizer(OptimizerTransform):
         docs="methods/fused_optimizer",
         once=True,
         refuses={"DeepSpeedStrategy": "its engine has fused optimizers of its own. Leave FusedOptimizer out."},
+        accepts=frozenset({"ZeROStrategy"}),
     )
 
     def __init__(self, enabled: bool = True) -> None:

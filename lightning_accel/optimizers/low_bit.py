@@ -81,7 +81,9 @@ class LowBitOptimizer(OptimizerTransform):
         refuses={
             "FSDPStrategy": _SHARDED,
             "ModelParallelStrategy": _SHARDED,
-            "DeepSpeedStrategy": "its engine makes and shards its own optimizer. Leave LowBitOptimizer out.",
+            "DeepSpeedStrategy": "its flat partitions run across parameters, where `min_size` and `keep_32bit` can't "
+            "hold, and its checkpoints are split by element, which 8-bit blocks are not. Use `strategy='ddp'`, or "
+            "leave LowBitOptimizer out.",
         },
     )
 

@@ -10,9 +10,11 @@ The functions are in :mod:`lightning_accel.pruning.masks`; the callback decides 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -29,6 +31,7 @@ from lightning_accel.pruning.masks import (
     pack_mask,
     unpack_mask,
 )
+from lightning_accel.pruning.partitions import PartitionsOf, mask_partitions_
 from lightning_accel.pruning.selection import PrunedLayer, report_layers, report_table, select_weights
 from lightning_accel.schedules import Duration, Moment, interval_progress, value_at
 
@@ -79,9 +82,10 @@ class GradualPruning(AccelCallback):
             "FSDPStrategy": _SHARDED,
             "ModelParallelStrategy": _SHARDED,
             "DeepSpeedStrategy": "its optimizers keep flat float32 copies of the weights that masks can't reach: train "
-            "with `strategy='ddp'`, or prune before.",
+            "with ZeROStrategy at stage 1 or 2, with `strategy='ddp'`, or prune before.",
             "ModelPruning": "both would prune: remove one of them.",
         },
+        accepts=frozenset({"ZeROStrategy"}),
     )
 
     def __init__(
@@ -133,6 +137,7 @@ class GradualPruning(AccelCallback):
         self._seen_step: int | None = None  # the optimizer steps done when the schedule was last looked at
         self._done = False
         self._restored: dict[str, Any] | None = None
+        self._partitions_of: PartitionsOf | None = None  # of a strategy that steps flat copies of the weights
 
     @property
     def is_neutral(self) -> bool:
@@ -145,6 +150,11 @@ class GradualPruning(AccelCallback):
 
     def install(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget an earlier fit, unless this one goes on from it."""
+        if not self.is_neutral and getattr(trainer.strategy, "zero_stage_3", False):
+            raise MisconfigurationException(
+                f"{type(self).__name__} can't work with {type(trainer.strategy).__name__} at stage 3: {_SHARDED} "
+                "Stages 1 and 2 work too."
+            )
         goes_on = self.state_dict() if trainer.global_step else None
         self._reset()
         self._restored = goes_on
@@ -163,7 +173,14 @@ class GradualPruning(AccelCallback):
         if unmatched:
             rank_zero_warn(f"{type(self).__name__}: no parameter matches `exclude` {unmatched}.")
         self._gradients_stay &= not _changes_gradients(trainer, pl_module)
-        for optimizer in trainer.optimizers:
+        optimizers: list[Any] = list(trainer.optimizers)
+        self._partitions_of = getattr(trainer.strategy, "partitions_of", None)
+        if self._partitions_of is not None:
+            optimizers = [optimizer.optimizer for optimizer in optimizers]  # the one that steps the partitions
+            for index, weight in enumerate(self._weights.values()):
+                register: Any = weight.register_hook  # which torch does not type
+                self.on_undo(register(partial(self._mask_gradient, index)).remove)
+        for optimizer in optimizers:
             handle = optimizer.register_step_post_hook(self._mask_weights)
             self.on_undo(handle.remove)
         # a checkpoint may have been saved after the last step but before this callback acted on it
@@ -237,10 +254,18 @@ class GradualPruning(AccelCallback):
         self._gradients_stay = state.get("gradients_stay", False)
         self._restored = None
 
+    def _mask_gradient(self, index: int, gradient: Tensor) -> Tensor:
+        """The gradient of a weight without what is pruned, before it is reduced and split."""
+        return gradient * self._masks[index] if self._masks else gradient
+
     def _mask_weights(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Zero the weights again, unless this step can't have changed them: reading every mask twice takes time."""
         masked, self._gradients_masked = self._gradients_masked, False
         if not self._masks:
+            return
+        if self._partitions_of is not None:
+            if not keeps_zero(optimizer):  # before the strategy copies them to the weights
+                mask_partitions_(self._partitions_of, list(self._weights.values()), self._masks, state=False)
             return
         if not (masked and keeps_zero(optimizer)):
             apply_masks_(list(self._weights.values()), self._masks)
@@ -278,6 +303,9 @@ class GradualPruning(AccelCallback):
             return
         self._masks, self._num_pruned = masks, num_pruned
         apply_masks_(weights, masks)
+        if self._partitions_of is not None:
+            mask_partitions_(self._partitions_of, weights, masks, state=True)
+            return
         for optimizer in optimizers:
             mask_optimizer_state_(optimizer, weights, masks)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from lightning_accel.errors import check_choice, check_fraction
 
 __all__ = [
+    "SQUARES",
     "apply_masks_",
     "compute_masks",
     "count_pruned",
@@ -34,8 +35,8 @@ _INT_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Keys of one chunk stay in a CPU's cache; on a GPU fewer launches matter more.
 _CPU_CHUNK, _GPU_CHUNK = 1 << 18, 1 << 26
 _SAMPLES = 1 << 16
-# The names of torch's optimizers for what they divide by.
-_SQUARES = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}
+SQUARES = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}
+"""The names of torch's optimizers for what they divide by."""
 # Their steps leave a weight at zero whose gradient and momentum are zero; what else they keep only divides.
 _KEEP_ZERO = {
     torch.optim.SGD,
@@ -126,7 +127,7 @@ def mask_optimizer_state_(optimizer: torch.optim.Optimizer, weights: Sequence[Te
         (state, mask)
         for weight, mask in zip(weights, masks, strict=True)
         for name, state in optimizer.state.get(weight, {}).items()
-        if name not in _SQUARES
+        if name not in SQUARES
         and type(state) is Tensor
         and state.shape == weight.shape
         and state.is_floating_point()

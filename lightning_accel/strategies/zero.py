@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
@@ -26,13 +27,15 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.accelerators import Accelerator, CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, Precision
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import LRSchedulerConfig
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_accel.errors import check_number, check_patterns, require
 from lightning_accel.strategies.process_group import explain_lost_peer, init_process_group
 from lightning_accel.strategies.zero_checkpoints import ZeROCheckpoints
+from lightning_accel.strategies.zero_checks import check_build_locks, check_device, check_same_module, only_one
 from lightning_accel.strategies.zero_config import (
     Communication,
     OffloadOptimizer,
@@ -43,11 +46,9 @@ from lightning_accel.strategies.zero_config import (
 )
 from lightning_accel.strategies.zero_engine import (
     ModuleState,
-    check_same_module,
     compiled_ops_explained,
-    find_build_locks,
     forget_stale_groups,
-    raise_everywhere,
+    partitions_of,
 )
 from lightning_accel.strategies.zero_later import FreezeWatch, LateGroups, all_trainable
 from lightning_accel.strategies.zero_merge import as_section, engine_config, read_config
@@ -56,7 +57,7 @@ from lightning_accel.strategies.zero_precision import ZeROPrecision
 __all__ = ["ZeROStrategy"]
 
 _BUCKET = 200_000_000
-_OTHERS = "strategy='accel_fsdp2' or 'accel_ddp'"
+Offload = TypeVar("Offload", OffloadOptimizer, OffloadParameters)
 
 
 class ZeROStrategy(ZeROCheckpoints):
@@ -116,15 +117,10 @@ class ZeROStrategy(ZeROCheckpoints):
         precision_plugin: Precision | None = None,
         process_group_backend: str | None = None,
     ) -> None:
-        optimizer = as_section(OffloadOptimizer, offload_optimizer, short="device")
-        parameters = as_section(OffloadParameters, offload_parameters, short="device")
-        for section in (optimizer, parameters):
-            if section is not None and section.device == "nvme":
-                section.nvme_path = section.nvme_path or nvme_path
         base = engine_config(
             stage,
-            optimizer,
-            parameters,
+            _with_path(as_section(OffloadOptimizer, offload_optimizer, short="device"), nvme_path),
+            _with_path(as_section(OffloadParameters, offload_parameters, short="device"), nvme_path),
             as_section(Communication, communication),
             as_section(Stage3, stage3),
             as_section(ZeROPlusPlus, zero_plus_plus),
@@ -148,8 +144,6 @@ class ZeROStrategy(ZeROCheckpoints):
         self.config = copy.deepcopy(base)
         self._module_state: ModuleState | None = None
         self._failed = False
-
-    # ------------------------------------------------------------------------------------ what Lightning asks before
 
     @property
     def precision_plugin(self) -> Precision:
@@ -177,8 +171,6 @@ class ZeROStrategy(ZeROCheckpoints):
         """Nothing to block: the engine reduces in its step, or per backward where gradients are split."""
         yield
 
-    # ------------------------------------------------------------------------------------------------------- setting up
-
     def setup_environment(self) -> None:
         """Join the other ranks, on the CPU or on CUDA.
 
@@ -190,38 +182,9 @@ class ZeROStrategy(ZeROCheckpoints):
                 f"ZeROStrategy runs on the CPU and on CUDA, but the accelerator is {type(self.accelerator).__name__}. "
                 "Set Trainer(accelerator='cpu') or Trainer(accelerator='cuda')."
             )
-        self._check_device()
+        check_device(self._base_config, self.root_device, self.parallel_devices or [], self.precision_plugin)
         self.accelerator.setup_device(self.root_device)
         self.setup_distributed()
-
-    def _check_device(self) -> None:
-        devices = self.parallel_devices or []
-        if self.root_device.type == "cuda":
-            if [device.index for device in devices] != list(range(len(devices))):
-                raise MisconfigurationException(
-                    f"DeepSpeed takes the GPUs from 0 on, but got {[device.index for device in devices]}. Choose them "
-                    "with CUDA_VISIBLE_DEVICES, and set Trainer(devices=N)."
-                )
-            return
-        precision = getattr(self.precision_plugin, "precision", "")
-        if precision in ("16-mixed", "16-true"):
-            raise MisconfigurationException(
-                f"precision={precision!r} is float16 throughout in DeepSpeed, which it does not support on the CPU. "
-                "Use precision='bf16-mixed'."
-            )
-        zero = self._base_config["zero_optimization"]
-        cuda_only = {
-            "zero_plus_plus.quantized_weights": zero.get("zero_quantized_weights"),
-            "zero_plus_plus.quantized_nontrainable_weights": zero.get("zero_quantized_nontrainable_weights"),
-            "zero_plus_plus.quantized_gradients": zero.get("zero_quantized_gradients"),
-            "offload_optimizer.super_offload": zero.get("offload_optimizer", {}).get("super_offload"),
-        }
-        for name, used in cuda_only.items():
-            if used:
-                raise MisconfigurationException(
-                    f"ZeROStrategy({name}) needs kernels that DeepSpeed has for CUDA alone, but this run is on the "
-                    "CPU. Leave it out, or set Trainer(accelerator='cuda')."
-                )
 
     def setup_distributed(self) -> None:
         """Make the process group, and let DeepSpeed find it."""
@@ -230,6 +193,7 @@ class ZeROStrategy(ZeROCheckpoints):
 
         reset_seed()
         self.set_world_ranks()
+        self._linear = torch.nn.functional.linear  # stage 3 puts its own in its place, for every module
         # An op that only inference uses, but that is compiled (87 s) at every start on a CPU
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if self.root_device.type == "cpu" and get_accelerator().device_name() != "cpu":
@@ -283,32 +247,12 @@ class ZeROStrategy(ZeROCheckpoints):
                 "ZenFlow has windows of its own (`update_interval`): remove `accumulate_grad_batches` from the Trainer."
             )
         check_same_module(module)
-        self._check_build_locks()
+        check_build_locks(self._base_config, self.root_device)
         if module.trainer.training:
             self._initialize_deepspeed_train(module)
         else:
             self._initialize_deepspeed_inference(module)
         self._broadcast_buffers()
-
-    def _check_build_locks(self) -> None:
-        """Say so where an earlier build of an op never ended: the next one would wait for it for ever."""
-        assert isinstance(self.config, dict)
-        zero = self.config["zero_optimization"]
-        offload = {zero.get(name, {}).get("device", "none") for name in ("offload_optimizer", "offload_param")}
-        if offload == {"none"} and self.root_device.type == "cpu":
-            return
-        problem = None
-        for lock, stale in find_build_locks():
-            compiles = "nvme" in offload or "optimizer" in self.config
-            message = (
-                f"{lock} says that {lock.parent.name} is being compiled. If no build is running (one that was killed "
-                f"leaves it there), every later one waits for it: remove it with `rm {lock}`."
-            )
-            if stale and compiles:
-                problem = message
-            else:
-                rank_zero_warn(message)
-        raise_everywhere(problem)
 
     def _initialize_deepspeed_train(self, model: torch.nn.Module) -> None:
         module = self.lightning_module
@@ -321,7 +265,7 @@ class ZeROStrategy(ZeROCheckpoints):
                 rank_zero_info("The optimizer is that of DeepSpeed's `config`, not that of `configure_optimizers`.")
             else:
                 super(DeepSpeedStrategy, self).setup_optimizers(module.trainer)
-                optimizer = _only_one(self.optimizers)
+                optimizer = only_one(self.optimizers)
             if self.lr_scheduler_configs and "scheduler" in self.config:
                 raise MisconfigurationException(
                     "`config['scheduler']` and `configure_optimizers` both bring a scheduler: remove one of them."
@@ -349,7 +293,10 @@ class ZeROStrategy(ZeROCheckpoints):
         with all_trainable(late.parameters) if late else nullcontext():
             watch = FreezeWatch(optimizer.param_groups if optimizer else [{"params": list(names)}], names)
             trained = [parameter for parameter in names if parameter.requires_grad]
-            self._set_buckets(sum(map(_numel, trained)))
+            # Buckets no larger than what there is to send: DeepSpeed allocates them in full
+            elements = sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in trained)
+            for key in ("reduce_bucket_size", "allgather_bucket_size"):
+                self.config["zero_optimization"].setdefault(key, min(_BUCKET, elements + elements % 2))
             engine, zero_optimizer = self._make_engine(model, self.config, trained, optimizer)
         plugin = self.precision_plugin
         assert isinstance(plugin, ZeROPrecision)
@@ -360,14 +307,8 @@ class ZeROStrategy(ZeROCheckpoints):
             return watch.frozen_groups()
 
         plugin.before_step = before_step
+        plugin.watch(engine)
         return engine, zero_optimizer
-
-    def _set_buckets(self, elements: int) -> None:
-        """Buckets no larger than what there is to send: DeepSpeed allocates them in full."""
-        assert isinstance(self.config, dict)
-        size = min(_BUCKET, elements + elements % 2)
-        for key in ("reduce_bucket_size", "allgather_bucket_size"):
-            self.config["zero_optimization"].setdefault(key, max(size, 2))
 
     def _initialize_deepspeed_inference(self, model: torch.nn.Module) -> None:
         """Make an engine without an optimizer; the module's own hooks stay."""
@@ -397,13 +338,15 @@ class ZeROStrategy(ZeROCheckpoints):
         self._module_state = state
         return engine, zero_optimizer
 
-    # --------------------------------------------------------------------------------------------- during and after
-
     def weigh_gradients(self, weight: float) -> None:
         """Multiply the gradients of the next optimizer step by ``weight``; no other place reaches all of them."""
         plugin = self.precision_plugin
         assert isinstance(plugin, ZeROPrecision)
         plugin.weigh_gradients(weight)
+
+    def partitions_of(self, parameters: Sequence[Tensor]) -> list[tuple[int, Tensor, dict[str, Tensor]] | None]:
+        """This rank's part of each parameter at stages 1 and 2: see the function of that name."""
+        return partitions_of(self.optimizers[0], parameters)
 
     def _broadcast_buffers(self) -> None:
         """Give every rank the buffers of rank 0, as DDP does: running averages differ otherwise."""
@@ -440,28 +383,14 @@ class ZeROStrategy(ZeROCheckpoints):
             if state is not None and not keep:
                 state.restore(whole)
             self.model = self.lightning_module
+            torch.nn.functional.linear = self._linear
         self._module_state = None
         self._config_initialized = False
         super().teardown()
 
 
-def _only_one(optimizers: list[Optimizer]) -> Optimizer:
-    """The optimizer, of a list of one.
-
-    Raises:
-        MisconfigurationException: If there are more, or none.
-    """
-    if len(optimizers) > 1:
-        raise MisconfigurationException(
-            f"ZeRO's engine splits and steps one optimizer, but `configure_optimizers` returned {len(optimizers)}. "
-            f"Make them parameter groups of one, or use {_OTHERS}, which take several."
-        )
-    if not optimizers or not any(group["params"] for group in optimizers[0].param_groups):
-        raise MisconfigurationException(
-            f"ZeRO needs an optimizer, but `configure_optimizers` returned none. Return one, or use {_OTHERS}."
-        )
-    return optimizers[0]
-
-
-def _numel(parameter: torch.nn.Parameter) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+def _with_path(section: Offload | None, nvme_path: str | None) -> Offload | None:
+    """The section with the folder that both share, where it needs one and has none."""
+    if section is None or section.device != "nvme" or section.nvme_path:
+        return section
+    return replace(section, nvme_path=nvme_path)

@@ -33,7 +33,12 @@ ZERO_NAMES: dict[str, dict[str, Any]] = {
     "accel_zero3": {"stage": 3},
     "accel_zero2_offload": {"stage": 2, "offload_optimizer": "cpu"},
     "accel_zero3_offload": {"stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"},
-    "accel_zero3_nvme": {"stage": 3, "offload_optimizer": "nvme", "offload_parameters": "nvme"},
+    "accel_zero3_nvme": {
+        "stage": 3,
+        "offload_optimizer": "nvme",
+        "offload_parameters": "nvme",
+        "nvme_path": "/local_nvme",  # where Lightning's own strategy has it
+    },
 }
 """The registered names and the arguments of ``ZeROStrategy`` that each stands for."""
 

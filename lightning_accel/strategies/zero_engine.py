@@ -1,14 +1,10 @@
-"""Around a DeepSpeed engine: groups that are gone, ranks that disagree, compiled ops, and the module afterwards."""
+"""Around a DeepSpeed engine: groups that are gone, compiled ops, its partitions, and the module afterwards."""
 
 from __future__ import annotations
 
-import hashlib
-import os
 import subprocess
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -17,15 +13,10 @@ from torch import Tensor, nn
 
 __all__ = [
     "ModuleState",
-    "check_same_module",
     "compiled_ops_explained",
-    "find_build_locks",
     "forget_stale_groups",
-    "raise_everywhere",
+    "partitions_of",
 ]
-
-STALE_SECONDS = 20 * 60
-"""A build whose folder has not changed for so long is taken for dead: the slowest op takes six minutes on two cores."""
 
 
 def forget_stale_groups() -> None:
@@ -43,64 +34,6 @@ def forget_stale_groups() -> None:
     comm.cdb = None
 
 
-def raise_everywhere(problem: str | None) -> None:
-    """Raise on every rank what is wrong on one, so that none waits for it.
-
-    Raises:
-        MisconfigurationException: If there is a problem on any rank.
-    """
-    problems: list[str | None] = [problem]
-    if dist.is_initialized():
-        problems = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-    for rank, found in enumerate(problems):
-        if found is not None:
-            raise MisconfigurationException(found if len(problems) == 1 else f"On rank {rank}: {found}")
-
-
-def check_same_module(module: nn.Module) -> None:
-    """Refuse ranks whose modules differ in a parameter's name, shape, type, or whether it is trained.
-
-    Raises:
-        MisconfigurationException: On every rank, naming the first difference.
-    """
-    own = [
-        f"{name} {tuple(getattr(parameter, 'ds_shape', parameter.shape))} {parameter.dtype} "
-        f"{'trained' if parameter.requires_grad else 'frozen'}"
-        for name, parameter in module.named_parameters()
-    ]
-    digests: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, hashlib.sha256("\n".join(own).encode()).digest())
-    if len(set(digests)) == 1:
-        return
-    every: list[Any] = [None] * len(digests)
-    dist.all_gather_object(every, own)
-    rank = next(rank for rank, other in enumerate(every) if other != every[0])
-    first, other = every[0], every[rank]
-    place = next((i for i, (a, b) in enumerate(zip(first, other, strict=False)) if a != b), min(len(first), len(other)))
-    a, b = (names[place] if place < len(names) else "nothing more" for names in (first, other))
-    raise MisconfigurationException(
-        f"The modules of the ranks differ: parameter {place} is '{a}' on rank 0 and '{b}' on rank {rank}. Build the "
-        "same module on every rank, from the same arguments."
-    )
-
-
-def find_build_locks(now: float | None = None) -> list[tuple[Path, bool]]:
-    """Locks in the folder where torch compiles ops, and whether the build that made each is likely dead."""
-    from torch.utils.cpp_extension import get_default_build_root
-
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    now = time.time() if now is None else now
-    found = []
-    for lock in sorted({*root.glob("*/lock"), *root.glob("*/*/lock")}):
-        try:
-            changed = max(file.stat().st_mtime for file in [lock, *lock.parent.iterdir()])
-        except OSError:  # the build ended just now
-            continue
-        found.append((lock, now - changed > STALE_SECONDS))
-    return found
-
-
 @contextmanager
 def compiled_ops_explained() -> Iterator[None]:
     """Say what to do where DeepSpeed could not compile an op.
@@ -112,7 +45,16 @@ def compiled_ops_explained() -> Iterator[None]:
         yield
     except (RuntimeError, ImportError, OSError, subprocess.CalledProcessError) as error:
         text = str(error)
-        signs = ("JIT load", "Error building extension", "Ninja is required", "ninja", "c++", "'g++'", "libaio")
+        signs = (
+            "failed to build/load",
+            "JIT load",
+            "Error building extension",
+            "Ninja is required",
+            "ninja",
+            "c++",
+            "'g++'",
+            "libaio",
+        )
         if not any(sign in text for sign in signs):
             raise
         raise MisconfigurationException(
@@ -121,6 +63,34 @@ def compiled_ops_explained() -> Iterator[None]:
             "compiler, offload with an optimizer of torch.optim instead of one of DeepSpeed. The error: "
             f"{text.strip()[:500]}"
         ) from error
+
+
+def partitions_of(optimizer: Any, parameters: Sequence[Tensor]) -> list[tuple[int, Tensor, dict[str, Tensor]] | None]:
+    """This rank's part of each parameter at stages 1 and 2: where it starts, the fp32 copy, and the optimizer's state.
+
+    Args:
+        optimizer: The engine's.
+        parameters: Parameters of the module.
+
+    Returns:
+        Flat views, for each parameter; None for one that is stepped by other ranks, or by none.
+    """
+    group_of = {id(member): index for index, group in enumerate(optimizer.bit16_groups) for member in group}
+    found: list[tuple[int, Tensor, dict[str, Tensor]] | None] = []
+    for parameter in parameters:
+        at = getattr(parameter, "_hp_mapping", None)
+        if at is None:
+            found.append(None)
+            continue
+        flat = optimizer.single_partition_of_fp32_groups[group_of[id(parameter)]]
+        here = at.hp_fragment_address
+        states = {
+            name: value.narrow(0, here.start, here.numel)
+            for name, value in optimizer.optimizer.state[flat].items()
+            if isinstance(value, Tensor) and value.shape == flat.shape
+        }
+        found.append((at.lp_fragment_address.start, flat.narrow(0, here.start, here.numel), states))
+    return found
 
 
 class ModuleState:
@@ -170,7 +140,7 @@ class ModuleState:
     def restore(self, whole: dict[nn.Parameter, Tensor]) -> None:
         """Take away what was added, and give the parameters their values."""
         for thing, names, hooks in self._added:
-            for name in names:
+            for name in [*names, *(name for name in vars(thing) if name.startswith("ds_"))]:
                 vars(thing).pop(name, None)
             for handles, keys in hooks:
                 for key in keys:

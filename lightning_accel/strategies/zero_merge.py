@@ -76,6 +76,10 @@ KNOWN_KEYS: dict[str, Any] = {
 }
 """What DeepSpeed 0.19 reads, without what Lightning decides; None for a value, a mapping for a section."""
 
+_AUTO = {  # where DeepSpeed itself reads "auto"
+    ("data_types", "keep_in_fp32_modules"),
+    *(("zero_optimization", "zenflow", key) for key in ("select_strategy", "select_interval", "update_interval")),
+}
 BELONGS_TO_TRAINER = {
     ("gradient_accumulation_steps",): "Trainer(accumulate_grad_batches=...)",
     ("managed_gradient_accumulation",): "Trainer(accumulate_grad_batches=...)",
@@ -193,7 +197,7 @@ def _check_keys(config: Mapping[str, Any], known: Mapping[str, Any], path: tuple
                 raise TypeError(f"Expected `{name}` to be a mapping, but got {value!r}.")
             if known[key]:
                 _check_keys(value, known[key], here)
-        elif value == "auto":
+        elif value == "auto" and here not in _AUTO:
             raise ValueError(f"Expected `{name}` to be a value, but got 'auto', which other libraries replace.")
 
 

@@ -32,6 +32,7 @@ class ZeROPrecision(DeepSpeedPrecision):
         self._clip: tuple[float, GradClipAlgorithmType] | None = None
         self._weight = 1.0
         self._skipped = 0
+        self._accumulated = False  # whether there are gradients that no step has used
 
     @property
     def autocast(self) -> bool:
@@ -55,6 +56,20 @@ class ZeROPrecision(DeepSpeedPrecision):
         """Clip in the step that follows, where the gradients are reduced and in fp32."""
         self._clip = (float(clip_val or 0.0), GradClipAlgorithmType(gradient_clip_algorithm or "norm"))
 
+    def watch(self, engine: Any) -> None:
+        """Let ``zero_grad`` of the engine's optimizer forget what was reduced already; DeepSpeed's does not."""
+        optimizer, kind = engine.optimizer, type(engine.optimizer)
+
+        def zero_grad(_: Any, set_to_none: bool = True) -> None:
+            kind.zero_grad(optimizer, set_to_none)
+            if self._accumulated:
+                _clear_gradients(engine)
+                self._accumulated = False
+
+        # In its class: Lightning's wrapper of an optimizer inherits from that, and sees no attribute of the instance
+        optimizer.__class__ = type(kind.__name__, (kind,), {"zero_grad": zero_grad})
+        self._clip, self._weight, self._skipped, self._accumulated = None, 1.0, engine.skipped_steps, False
+
     def weigh_gradients(self, weight: float) -> None:
         """Multiply the gradients by ``weight`` in the step that follows, before they are clipped."""
         self._weight *= weight
@@ -66,6 +81,7 @@ class ZeROPrecision(DeepSpeedPrecision):
         engine: Any = model.trainer.model
         # Else a second backward in one forward would replace the gradients of the first at stage 3
         engine.optimizer.clear_backward_seen_flag()
+        self._accumulated = True
         super().backward(tensor, model, optimizer, *args, **kwargs)
 
     def optimizer_step(  # type: ignore[override]  # as in the base class
@@ -95,7 +111,9 @@ class ZeROPrecision(DeepSpeedPrecision):
             changes.append(lambda gradient: gradient.mul_(weight))
         if amount and not by_norm:
             changes.append(lambda gradient: gradient.clamp_(-amount, amount))
+        self._accumulated = False  # stage 3 calls `zero_grad` within its step, when the gradients are still needed
         _step(engine, frozen, changes)
+        _clear_gradients(engine)
         if engine.skipped_steps != self._skipped:
             self._skipped = engine.skipped_steps
             if not self.precision.startswith("16-"):  # with float16's loss scale that is part of the game
@@ -127,3 +145,27 @@ def _step(engine: Any, frozen: list[dict[str, Any]], changes: list[Callable[[Ten
         engine.step()
     finally:
         handle.remove()
+
+
+def _clear_gradients(engine: Any) -> None:
+    """Let no gradient up to here count in the next step, also not for a parameter that is not used there.
+
+    Stage 3, and offload, write over the gradients of the parameters that are used: the others would be stepped by what
+    was left.
+    """
+    optimizer = engine.optimizer
+    if engine.zenflow:
+        return
+    left: list[Tensor | None] = []
+    if engine.zero_optimization_partition_weights():
+        left = [optimizer.grad_partitions_flat_buffer, *(flat.grad for flat in optimizer.fp32_partitioned_groups_flat)]
+    elif getattr(optimizer, "cpu_offload", False):
+        left = [*optimizer.accumulated_grads_in_cpu.values()]
+        left += [flat.grad for flat in optimizer.single_partition_of_fp32_groups]
+    else:
+        for gradients in (getattr(optimizer, "all_grad_tensors", {}), getattr(optimizer, "averaged_gradients", {})):
+            gradients.update(dict.fromkeys(gradients))
+    for gradient in left:
+        if gradient is not None:
+            gradient.zero_()
+    getattr(optimizer, "norm_for_param_grads", {}).clear()
