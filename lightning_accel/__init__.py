@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lightning_accel.pruning.gradual import GradualPruning
     from lightning_accel.schedules import Duration
     from lightning_accel.strategies.ddp import RestartableDDPStrategy
+    from lightning_accel.strategies.fully_shard import FullyShardStrategy
+    from lightning_accel.strategies.zero import ZeROStrategy
 
 __version__ = "0.1.0"
 
@@ -25,6 +27,7 @@ __all__ = [
     "BatchAugmentation",
     "Duration",
     "ExactResume",
+    "FullyShardStrategy",
     "FusedOptimizer",
     "GradientAccumulation",
     "GradualPruning",
@@ -32,6 +35,7 @@ __all__ = [
     "LowBitOptimizer",
     "NoEffectWarning",
     "RestartableDDPStrategy",
+    "ZeROStrategy",
 ]
 
 _HOME = {
@@ -39,6 +43,7 @@ _HOME = {
     "BatchAugmentation": "augment.batch_augmentation",
     "Duration": "schedules",
     "ExactResume": "durability.exact_resume",
+    "FullyShardStrategy": "strategies.fully_shard",
     "FusedOptimizer": "optimizers.fused",
     "GradientAccumulation": "accumulation.gradient_accumulation",
     "GradualPruning": "pruning.gradual",
@@ -46,6 +51,7 @@ _HOME = {
     "LowBitOptimizer": "optimizers.low_bit",
     "NoEffectWarning": "errors",
     "RestartableDDPStrategy": "strategies.ddp",
+    "ZeROStrategy": "strategies.zero",
 }
 
 

@@ -99,6 +99,14 @@ def test_what_is_not_refused() -> None:
     check_conflicts([picky], trainer, Tiny())
 
 
+def test_a_strategy_is_accepted_although_its_base_is_refused() -> None:
+    trainer = make_trainer()
+    refuses = {"Strategy": "no."}
+    check_conflicts([named("Picky", refuses=refuses, accepts=frozenset({"SingleDeviceStrategy"}))], trainer, Tiny())
+    with pytest.raises(MisconfigurationException, match=r"Picky can't work with SingleDeviceStrategy: no\."):
+        check_conflicts([named("Picky", refuses=refuses, accepts=frozenset({"Other"}))], trainer, Tiny())
+
+
 def test_manual_optimization() -> None:
     class Manual(Tiny):
         def __init__(self) -> None:
