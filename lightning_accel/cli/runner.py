@@ -10,10 +10,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from lightning_accel.report.record import Run, Side
 from lightning_accel.report.store import StorageError
@@ -79,21 +81,12 @@ def execute(job: Job, on_progress: Callable[[float], None]) -> Run:
         with log:
             began = time.perf_counter()
             command = [sys.executable, "-m", "lightning_accel.cli.run_one", str(files["job.json"])]
-            # A session of its own: Ctrl-C reaches this process alone, which then stops the run and all it started.
-            process = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env={"COLUMNS": "120", **os.environ},
-            )
-            try:
+            environment = {"COLUMNS": "120", **os.environ}
+            with _running(command, stdout=log, stderr=subprocess.STDOUT, env=environment) as process:
                 while (status := process.poll()) is None:
                     time.sleep(_POLL)
                     with contextlib.suppress(OSError, ValueError):
                         on_progress(float(files["progress"].read_text()))
-            finally:
-                _stop(process)
             seconds = time.perf_counter() - began
         if status == 0 and files["result"].exists():
             run = Run.from_dict(json.loads(files["result"].read_text(encoding="utf-8")))
@@ -105,11 +98,40 @@ def execute(job: Job, on_progress: Callable[[float], None]) -> Run:
 def warm_up() -> None:
     """Import once what every run imports, so that the first run does not pay alone for reading it from the disk."""
     command = [sys.executable, "-c", "import lightning_accel.cli.run_one"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
+    with _running(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         process.wait()
+
+
+@contextlib.contextmanager
+def _running(command: list[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A process in a session of its own: Ctrl-C reaches this one alone, which then stops the other and its children."""
+    process = None
+    try:
+        with _interrupts_held():
+            process = subprocess.Popen(command, start_new_session=True, **options)
+        yield process
     finally:
-        _stop(process)
+        if process is not None:
+            _stop(process)
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C, and what is treated like it, back while a process starts: it would be left behind."""
+    held: list[int] = []
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and callable(signal.getsignal(number)):  # neither ignored nor left to the system
+                before[number] = signal.signal(number, lambda number, _: held.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if held:
+            raise KeyboardInterrupt
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -110,6 +112,23 @@ def test_ctrl_c_stops_the_run_and_keeps_the_rest(project: Path) -> None:
     assert [run.name for run in receipt.runs] == ["plain-seed0"]
     assert children_in(project) == []
     assert list(project.glob("lightning-accel-*")) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_ctrl_c_while_a_process_starts_leaves_none_behind(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = subprocess.Popen
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        process = start(*args, **options)
+        signal.raise_signal(signal.SIGINT)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    monkeypatch.setattr(tempfile, "tempdir", str(project))
+    with pytest.raises(KeyboardInterrupt):
+        execute(Job("plain", 0, ["fit", "--config", "plain.yaml"], project), lambda fraction: None)
+    assert children_in(project) == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_bad_configuration_shows_what_lightning_says(project: Path) -> None:
