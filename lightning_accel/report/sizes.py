@@ -7,11 +7,13 @@ import os
 import platform
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lightning_accel.hooks.tensors import tensors_in
 
 __all__ = [
     "PeakMemory",
@@ -45,22 +47,7 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
 
 def optimizer_state_bytes(optimizers: Iterable[torch.optim.Optimizer]) -> int:
     """Return the bytes of every tensor that ``optimizers`` keep in their state, step counters included."""
-    return tensor_bytes(tensor for optimizer in optimizers for tensor in _tensors(optimizer.state))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        if hasattr(value, "__tensor_flatten__"):  # a wrapper, such as a quantised tensor, has no storage of its own
-            for name in value.__tensor_flatten__()[0]:
-                yield from _tensors(getattr(value, name))
-        else:
-            yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
+    return tensor_bytes(tensor for optimizer in optimizers for tensor in tensors_in(optimizer.state))
 
 
 class _Counter:

@@ -37,6 +37,7 @@ from lightning_accel.strategies.process_group import explain_lost_peer, init_pro
 from lightning_accel.strategies.zero_checkpoints import ZeROCheckpoints
 from lightning_accel.strategies.zero_checks import check_build_locks, check_device, check_same_module, only_one
 from lightning_accel.strategies.zero_config import (
+    BUCKET_ELEMENTS,
     Communication,
     OffloadOptimizer,
     OffloadParameters,
@@ -56,7 +57,6 @@ from lightning_accel.strategies.zero_precision import ZeROPrecision
 
 __all__ = ["ZeROStrategy"]
 
-_BUCKET = 200_000_000
 Offload = TypeVar("Offload", OffloadOptimizer, OffloadParameters)
 
 
@@ -296,7 +296,7 @@ class ZeROStrategy(ZeROCheckpoints):
             # Buckets no larger than what there is to send: DeepSpeed allocates them in full
             elements = sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in trained)
             for key in ("reduce_bucket_size", "allgather_bucket_size"):
-                self.config["zero_optimization"].setdefault(key, min(_BUCKET, elements + elements % 2))
+                self.config["zero_optimization"].setdefault(key, min(BUCKET_ELEMENTS, elements + elements % 2))
             engine, zero_optimizer = self._make_engine(model, self.config, trained, optimizer)
         plugin = self.precision_plugin
         assert isinstance(plugin, ZeROPrecision)

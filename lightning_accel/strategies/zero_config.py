@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 from lightning_accel.errors import check_choice, check_int, check_number
 
 __all__ = [
+    "BUCKET_ELEMENTS",
     "ZERO_NAMES",
     "Communication",
     "OffloadOptimizer",
@@ -41,6 +42,9 @@ ZERO_NAMES: dict[str, dict[str, Any]] = {
     },
 }
 """The registered names and the arguments of ``ZeROStrategy`` that each stands for."""
+
+BUCKET_ELEMENTS = 200_000_000
+"""The most elements of a communication bucket, where the user gives no size. DeepSpeed makes buckets in full."""
 
 Check = Callable[[str, Any], Any]
 

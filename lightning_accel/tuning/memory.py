@@ -15,6 +15,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_accel.strategies.zero_config import BUCKET_ELEMENTS
+
 __all__ = ["STRATEGIES", "Model", "Parameter", "Strategy", "Usage", "memory_usage"]
 
 Strategy = Literal[
@@ -39,8 +41,6 @@ STRATEGIES: dict[Strategy, str] = {
 }
 """The strategies by what they cost in time: the least communication first, main memory last."""
 
-ZERO_BUCKET = 500_000_000
-"""Elements of the buffer that gradients are reduced in: DeepSpeed's ``reduce_bucket_size``, made at full size."""
 ZERO_LIVE = 1_000_000_000
 """Elements of parameters that stage 3 keeps gathered at most: DeepSpeed's ``stage3_max_live_parameters``."""
 
@@ -144,7 +144,7 @@ class Usage:
 
 
 def memory_usage(
-    strategy: Strategy, model: Model, world: int, *, bucket: int = ZERO_BUCKET, live: int = ZERO_LIVE
+    strategy: Strategy, model: Model, world: int, *, bucket: int = BUCKET_ELEMENTS, live: int = ZERO_LIVE
 ) -> Usage:
     """The bytes of one of ``world`` devices.
 
@@ -152,7 +152,7 @@ def memory_usage(
         strategy: Its registered name.
         model: What there is to hold.
         world: The number of devices that share it.
-        bucket: Elements of DeepSpeed's ``reduce_bucket_size``.
+        bucket: The most elements of the buffer that ZeRO reduces gradients in; no more than there are.
         live: Elements of DeepSpeed's ``stage3_max_live_parameters``.
 
     Example:
@@ -192,7 +192,7 @@ def _zero(strategy: Strategy, model: Model, world: int, bucket: int, live: int) 
     itemsize = max((size for _, size, _ in sizes), default=4)
     part = -(-gradients // world)
     master, state = -(-4 * trainable // world), -(-model.master_state // world)
-    working = bucket * itemsize
+    working = min(bucket, trainable) * itemsize
     parameters = whole
     if stage == 3:
         parameters = -(-whole // world)

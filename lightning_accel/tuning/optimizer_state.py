@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
+from lightning_accel.hooks.tensors import tensors_in
 from lightning_accel.tuning.activations import storage_key
 
 __all__ = ["measure_state"]
@@ -51,7 +52,7 @@ def _count(state: Mapping[Any, Any]) -> tuple[int, int]:
     seen = set()
     for parameter, entries in state.items():
         dtype = parameter.dtype if isinstance(parameter, Tensor) else None
-        for tensor in _tensors(entries):
+        for tensor in tensors_in(entries):
             if storage_key(tensor) in seen:
                 continue
             seen.add(storage_key(tensor))
@@ -59,17 +60,6 @@ def _count(state: Mapping[Any, Any]) -> tuple[int, int]:
             itemsize = 4 if tensor.dtype == dtype and tensor.is_floating_point() else tensor.element_size()
             master += tensor.untyped_storage().nbytes() // tensor.element_size() * itemsize
     return actual, master
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
 
 
 def _by_stand_ins(optimizer: Optimizer) -> tuple[int, int]:

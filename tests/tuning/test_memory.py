@@ -45,3 +45,8 @@ def test_frozen_parameters_have_no_gradients() -> None:
 def test_offload_leaves_nothing_but_its_work_on_the_device() -> None:
     usage = memory_usage("accel_fsdp2_offload", FP32, 4)
     assert (usage.parameters, usage.gradients, usage.state) == (0, 0, 0) and usage.host >= 4 * N
+
+
+def test_a_bucket_is_no_larger_than_what_there_is_to_send() -> None:
+    bucket = {size: memory_usage("accel_zero2", FP32, 4, bucket=size).working for size in (0, 1000, 10**9)}
+    assert bucket == {0: 0, 1000: 4000, 10**9: 4 * N}
