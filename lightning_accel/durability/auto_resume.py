@@ -92,6 +92,11 @@ class AutoResume(AccelCallback):
         """A run that is not started again is the plain run bit for bit."""
         return True
 
+    @property
+    def is_idle(self) -> bool:
+        """It looks for a checkpoint when the fit begins."""
+        return False
+
     def install(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See that there is a place to look in, and look there when the fit begins."""
         if self.dirpath is None:

@@ -60,6 +60,16 @@ class ExactResume(AccelCallback):
         self._fit_started = False
         self._watched: WeakSet[Any] = WeakSet()
 
+    @property
+    def is_neutral(self) -> bool:
+        """A run that is not resumed is the plain run bit for bit."""
+        return True
+
+    @property
+    def is_idle(self) -> bool:
+        """It keeps what a checkpoint will need."""
+        return False
+
     # ------------------------------------------------------------------------------------------------------- saving
 
     def install(self, trainer: Trainer, pl_module: LightningModule) -> None:

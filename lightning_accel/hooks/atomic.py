@@ -120,8 +120,12 @@ def write_beside(path: Path, *, directory: bool = False) -> Iterator[Path]:
         directory: Whether it is a directory (made here, and given a manifest) or one file (made in the block).
 
     Example:
-        >>> with write_beside(Path("weights.ckpt")) as partial:  # doctest: +SKIP
-        ...     torch.save(checkpoint, partial)
+        >>> import tempfile, torch
+        >>> path = Path(tempfile.mkdtemp()) / "weights.ckpt"
+        >>> with write_beside(path) as partial:
+        ...     torch.save({"w": torch.zeros(2)}, partial)
+        >>> is_complete(path)
+        True
     """
     partial = PartialCheckpoint(path)
     try:

@@ -118,7 +118,7 @@ class Plan:
         for number, callback in enumerate(self.callbacks, start=1):
             contract = callback.contract
             touches = ", ".join(name for name in TOUCHABLE if name in contract.touches)
-            expects = "nothing (neutral settings)" if callback.is_neutral else contract.expects
+            expects = "nothing (neutral settings)" if callback.is_idle else contract.expects
             table.add_row(str(number), type(callback).__name__, touches, contract.acts, expects)
         return table
 

@@ -133,3 +133,8 @@ def test_a_directory_that_can_not_be_read(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("lightning_accel.durability.auto_resume.newest_checkpoint", refuse)
     with pytest.raises(RuntimeError, match=r"could not look for checkpoints in .*not yours"):
         start(tmp_path)
+
+
+def test_the_plan_says_what_it_expects() -> None:
+    for callback in (AutoResume("somewhere"), ExactResume()):
+        assert callback.is_neutral and not callback.is_idle
