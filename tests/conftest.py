@@ -41,6 +41,13 @@ def fixed_seeds() -> None:
 
 
 @pytest.fixture(autouse=True)
+def no_seeds_of_an_earlier_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget what `seed_everything` left in the environment: it gives every loader a `worker_init_fn`."""
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
 def own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Run every test in an empty directory of its own, so that logs and checkpoints never land in the repository."""
     monkeypatch.chdir(tmp_path)

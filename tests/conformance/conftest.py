@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.conformance.processes import made_once
 from tests.conformance.ranks import launch
 from tests.conformance.resume import make_runs
 
@@ -25,28 +24,19 @@ def needed(request: pytest.FixtureRequest, fixture: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def made_once(request: pytest.FixtureRequest, factory: pytest.TempPathFactory, fixture: str, make: Make) -> Path:
-    """The folder that ``make`` filled, by whichever test process comes first; the others wait for it."""
-    root = factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        root = root.parent  # of all test processes
-    folder, done = root / fixture, root / f"{fixture}.done"
-    with (root / f"{fixture}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not done.exists():
-            folder.mkdir(exist_ok=True)
-            make(folder, needed(request, fixture), request.config.getini("filterwarnings"))
-            done.touch()
-    return folder
+def made(request: pytest.FixtureRequest, factory: pytest.TempPathFactory, fixture: str, make: Make) -> Path:
+    """The folder with what ``make`` made of the rows that are needed."""
+    filters = request.config.getini("filterwarnings")
+    return made_once(factory, fixture, lambda folder: make(folder, needed(request, fixture), filters))
 
 
 @pytest.fixture(scope="session")
 def resume_runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with every uninterrupted run and every resumed one."""
-    return made_once(request, tmp_path_factory, "resume_runs", make_runs)
+    return made(request, tmp_path_factory, "resume_runs", make_runs)
 
 
 @pytest.fixture(scope="session")
 def rank_runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with what each of two ranks left of every run."""
-    return made_once(request, tmp_path_factory, "rank_runs", launch)
+    return made(request, tmp_path_factory, "rank_runs", launch)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
 
 
 def start(module: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -27,3 +32,18 @@ def wait(processes: list[subprocess.Popen[str]], seconds: float = 400) -> None:
     finally:
         for process in processes:
             process.kill()
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, fill: Callable[[Path], None]) -> Path:
+    """The folder that ``fill`` filled, by whichever test process comes first; the others wait for it."""
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # of all test processes
+    folder, done = root / name, root / f"{name}.done"
+    with (root / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            folder.mkdir(exist_ok=True)
+            fill(folder)
+            done.touch()
+    return folder

@@ -34,6 +34,7 @@ def test_the_model_sees_only_what_came_before() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_two_ranks_train_alike_under_every_strategy(repo: Path, tmp_path: Path) -> None:
     losses = {}
     for name in ("plain", "zero2", "zero3", "fsdp2"):

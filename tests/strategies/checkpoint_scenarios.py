@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,6 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from lightning_accel.strategies.zero import ZeROStrategy
 from tests.strategies.launch import serve
 from tests.strategies.zero_scenarios import gathered
-
-warnings.simplefilter("ignore")
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 GLOBAL_BATCH, STEPS = 6, 4  # samples in a step of all ranks; steps in an epoch

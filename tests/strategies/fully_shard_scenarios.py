@@ -6,7 +6,6 @@ python -m tests.strategies.fully_shard_scenarios FOLDER NAME ...
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -33,6 +32,7 @@ from lightning_accel.errors import NoEffectWarning
 from lightning_accel.optimizers.fused import FusedOptimizer
 from lightning_accel.optimizers.low_bit import LowBitOptimizer
 from lightning_accel.pruning.gradual import GradualPruning
+from lightning_accel.report.sizes import tensor_bytes
 from lightning_accel.strategies.fully_shard import FullyShardStrategy
 from lightning_accel.strategies.sharded_state import shard_state_dict
 from tests.strategies.launch import serve
@@ -602,10 +602,40 @@ def methods(folder: Path) -> dict[str, Any]:
     return both(callbacks=stack)
 
 
+class Held(Callback):
+    """Bytes that this rank holds when the optimizer steps, and after it."""
+
+    def __init__(self) -> None:
+        self.bytes: dict[str, int] = {}
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self.bytes["gradients"] = _local_bytes(parameter.grad for parameter in pl_module.parameters())
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.bytes["parameters"] = _local_bytes(pl_module.parameters())
+        states = [state for optimizer in trainer.optimizers for state in optimizer.state.values()]
+        self.bytes["optimizer"] = _local_bytes(state[name] for state in states for name in ("exp_avg", "exp_avg_sq"))
+
+
+def _local_bytes(tensors: Any) -> int:
+    return tensor_bytes(tensor.to_local() for tensor in tensors)  # gradients reduced together share their memory
+
+
+def held(folder: Path) -> dict[str, Any]:
+    """What a rank holds, and how many parameters there are."""
+    found = {}
+    for precision in ("32-true", "bf16-true"):
+        watch = Held()
+        fit(shards(), callbacks=lambda watch=watch: [watch], max_steps=2, precision=precision)  # type: ignore[misc]
+        found[precision] = watch.bytes
+    return {**found, "parameters": sum(parameter.numel() for parameter in Net().parameters())}
+
+
 OTHERS: dict[str, Callable[[Path], Any]] = {
     "errors": errors,
     "effects": effects,
     "methods": methods,
+    "held": held,
     "from two": partial(elsewhere, name="../two/between_epochs"),
     "from one": partial(elsewhere, name="../one/between_epochs"),
 }
@@ -616,6 +646,4 @@ def _by_name(folder: Path, name: str) -> Any:
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     serve({name: partial(lambda name, folder: _by_name(folder, name), name) for name in [*SAME, *CHECKPOINTS, *OTHERS]})

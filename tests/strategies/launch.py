@@ -7,10 +7,12 @@ A module of scenarios ends with ``if __name__ == "__main__": serve({"name": func
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,9 @@ def outcome(folder: Path, name: str, rank: int = 0) -> Any:
 def serve(scenarios: Mapping[str, Callable[[Path], Any]]) -> None:
     """The main of a module of scenarios."""
     folder, rank = Path(sys.argv[1]), os.environ["RANK"]
+    warnings.simplefilter("ignore")  # here, and not where scenarios are defined: tests import those
+    for logger in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
     torch.set_num_threads(1)
     for name in sys.argv[2:]:
         try:

@@ -10,18 +10,19 @@ import pytest
 import torch
 
 from lightning_accel.strategies.fully_shard import FullyShardStrategy
+from tests.conformance.processes import made_once
 from tests.strategies.fully_shard_scenarios import SAME
 from tests.strategies.launch import launch, outcome
 
 MODULE = "tests.strategies.fully_shard_scenarios"
+pytestmark = [pytest.mark.xdist_group("fully shard"), pytest.mark.timeout(400)]
 IN_BFLOAT16 = {"param_dtype", "reduce_dtype"}  # DDP has nothing like them
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("fully_shard")
-    launch(MODULE, folder, [*SAME, "methods", "errors", "effects"])
-    return folder
+    names = [*SAME, "methods", "errors", "effects"]
+    return made_once(tmp_path_factory, "fully_shard", lambda folder: launch(MODULE, folder, names))
 
 
 def assert_same(a: Any, b: Any, tolerance: float) -> None:

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from tests.conformance.compare import assert_equal
+from tests.conformance.processes import made_once
 from tests.strategies.fully_shard_scenarios import BATCHES, CHECKPOINTS, Net
 from tests.strategies.launch import launch, outcome
 from tests.strategies.test_fully_shard import MODULE, assert_same
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("fully shard checkpoints"), pytest.mark.timeout(400)]
 RESUMED = [name for name in CHECKPOINTS if name not in ("evaluated", "checkpoints", "second fit", "uneven")]
 RESUMED.remove("after an exception")
 
@@ -20,14 +21,19 @@ RESUMED.remove("after an exception")
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of two ranks, then of one and of four that go on from theirs, then of two that go on from that of one."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    launch(MODULE, folder / "two", [*CHECKPOINTS])
+    return made_once(tmp_path_factory, "fully_shard_checkpoints", make_runs)
+
+
+def make_runs(folder: Path) -> None:
+    launch(MODULE, folder / "two", [*CHECKPOINTS, "held"])
     launch(
-        MODULE, folder / "one", ["from two", "between epochs", "one file", "evaluated", "scalar in a window"], ranks=1
+        MODULE,
+        folder / "one",
+        ["held", "from two", "between epochs", "one file", "evaluated", "scalar in a window"],
+        ranks=1,
     )
-    launch(MODULE, folder / "four", ["from two"], ranks=4)
+    launch(MODULE, folder / "four", ["from two", "held"], ranks=4)
     launch(MODULE, folder / "two_again", ["from one"])
-    return folder
 
 
 @pytest.mark.parametrize("name", RESUMED)
@@ -100,3 +106,13 @@ def test_ranks_may_predict_different_numbers_of_batches(folders: Path) -> None:
     first, second = (outcome(folders / "two", "uneven", rank) for rank in range(2))
     assert (first["batches"], second["batches"]) == (4, 3)
     assert max(first["difference"], second["difference"]) < 1e-5
+
+
+@pytest.mark.parametrize(("folder", "ranks"), [("one", 1), ("two", 2), ("four", 4)])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_bytes_of_a_rank(folders: Path, folder: str, ranks: int, precision: str) -> None:
+    """Parameters, gradients and AdamW's two moments, each divided by the number of ranks."""
+    result = outcome(folders / folder, "held", ranks - 1)
+    share = result["parameters"] * (4 if precision == "32-true" else 2) / ranks
+    for name, copies in {"parameters": 1, "gradients": 1, "optimizer": 2}.items():
+        assert result[precision][name] == pytest.approx(copies * share, rel=0.02), name

@@ -11,18 +11,17 @@ import pytest
 import torch
 
 from tests.conformance.compare import assert_equal
+from tests.conformance.processes import made_once
 from tests.strategies.launch import free_port, launch, outcome
 from tests.strategies.restart_scenarios import STEPS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 MODULE = "tests.strategies.restart_scenarios"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("restarts")
-    launch(MODULE, folder, ["equal to ddp"])
-    return folder
+    return made_once(tmp_path_factory, "restarts", lambda folder: launch(MODULE, folder, ["equal to ddp"]))
 
 
 def test_the_same_numbers_as_ddp(folder: Path) -> None:
@@ -34,7 +33,7 @@ def test_the_same_numbers_as_ddp(folder: Path) -> None:
 def run_killed(folder: Path, *kills: str) -> tuple[dict[str, Any], str]:
     """What rank 0 has at the end of a run whose ranks are killed, and what was printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=3"]
-    command += [f"--master-port={free_port()}", "--monitor-interval=0.1", "-m", MODULE, str(folder), "accel_ddp"]
+    command += [f"--master-port={free_port()}", "--monitor-interval=2", "-m", MODULE, str(folder), "accel_ddp"]
     done = subprocess.run([*command, *kills], capture_output=True, text=True, timeout=170, check=False)
     assert done.returncode == 0, done.stderr[-6000:]
     return torch.load(folder / "result.0.pt", weights_only=True), done.stdout + done.stderr

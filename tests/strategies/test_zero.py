@@ -12,6 +12,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_accel.strategies.zero_checks import STALE_SECONDS, find_build_locks
+from tests.conformance.processes import made_once
 from tests.strategies.launch import launch, outcome
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("zero"), pytest.mark.timeout(400)]
@@ -52,9 +53,8 @@ OTHERS = ["evaluation", "trained_later", "infinite", "second_trainer", "refused"
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("zero")
-    launch("tests.strategies.zero_scenarios", folder, [*EXACT, *CLOSE, *OTHERS])
-    return folder
+    names = [*EXACT, *CLOSE, *OTHERS]
+    return made_once(tmp_path_factory, "zero", lambda folder: launch("tests.strategies.zero_scenarios", folder, names))
 
 
 @pytest.mark.parametrize("name", [*EXACT, *CLOSE])

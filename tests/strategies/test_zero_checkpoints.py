@@ -11,6 +11,7 @@ import torch
 from lightning_accel.cli.main import main
 from lightning_accel.hooks.atomic import CheckpointError, is_complete
 from lightning_accel.strategies.zero_shards import ZeroShards
+from tests.conformance.processes import made_once
 from tests.strategies.checkpoint_scenarios import Net
 from tests.strategies.launch import launch, outcome
 
@@ -33,11 +34,13 @@ MORE = ["resumed-2-adamw-from-3-1", "resumed-3-adamw-from-3-1"]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("zero_checkpoints")
+    return made_once(tmp_path_factory, "zero_checkpoints", make_runs)
+
+
+def make_runs(folder: Path) -> None:
     launch("tests.strategies.checkpoint_scenarios", folder / "two", [*SAVED, *SAME])
     launch("tests.strategies.checkpoint_scenarios", folder / "one", ["whole-3-adamw", *FEWER], ranks=1)
     launch("tests.strategies.checkpoint_scenarios", folder / "two_again", MORE)
-    return folder
 
 
 def pair(runs: Path, ranks: str, name: str) -> tuple[Any, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,10 +28,6 @@ from tests.strategies.launch import serve
 
 LINEAR = nn.functional.linear
 RANKS = int(os.environ.get("WORLD_SIZE", "1"))  # Lightning takes it away after the first fit
-
-warnings.simplefilter("ignore")
-for name in ("lightning.pytorch", "lightning.fabric"):
-    logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class Points(Dataset[tuple[Tensor, Tensor]]):
