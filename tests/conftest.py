@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
@@ -14,6 +15,10 @@ REPO = Path(__file__).resolve().parent.parent
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
 os.environ["MPLBACKEND"] = "Agg"
+# What `seed_everything` leaves behind: samplers and workers are seeded by it.
+SEEDS = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+for name in SEEDS:
+    os.environ.pop(name, None)
 os.environ["COLUMNS"] = "140"  # how wide tables are printed, whatever terminal this is
 
 import hypothesis
@@ -41,10 +46,11 @@ def fixed_seeds() -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_seeds_of_an_earlier_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forget what `seed_everything` left in the environment: it gives every loader a `worker_init_fn`."""
-    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-        monkeypatch.delenv(name, raising=False)
+def no_seeds_left_behind() -> Iterator[None]:
+    """Take out of the environment what `seed_everything` puts there: it seeds samplers and workers of later tests."""
+    yield
+    for name in SEEDS:
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(autouse=True)
