@@ -9,10 +9,12 @@ import torch
 
 from tests.conformance.compare import assert_equal
 from tests.conformance.processes import made_once
-from tests.strategies.fully_shard_scenarios import BATCHES, CHECKPOINTS, Net
+from tests.strategies.fully_shard_checkpoint_scenarios import CHECKPOINTS
+from tests.strategies.fully_shard_fits import BATCHES, Net
 from tests.strategies.launch import launch, outcome
-from tests.strategies.test_fully_shard import MODULE, assert_same
+from tests.strategies.test_fully_shard import assert_same
 
+MODULE = "tests.strategies.fully_shard_checkpoint_scenarios"
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("fully shard checkpoints"), pytest.mark.timeout(400)]
 RESUMED = [name for name in CHECKPOINTS if name not in ("evaluated", "checkpoints", "second fit", "uneven")]
 RESUMED.remove("after an exception")
