@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_accel.augment.keys import find_item, replace_item
 from lightning_accel.augment.transform import Transform
 from lightning_accel.augment.watch import TargetTransform
 from lightning_accel.hooks import Contract
+from lightning_accel.hooks.keys import find_item, replace_item
 
 __all__ = ["BatchAugmentation", "augment_batch"]
 

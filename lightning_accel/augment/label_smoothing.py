@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_accel.augment.keys import find_item, replace_item
 from lightning_accel.augment.target import Usage, smooth_targets
 from lightning_accel.augment.watch import TargetTransform
 from lightning_accel.errors import check_fraction
 from lightning_accel.hooks import Contract
+from lightning_accel.hooks.keys import find_item, replace_item
 
 __all__ = ["LabelSmoothing"]
 

@@ -250,7 +250,7 @@ X, Y = torch.rand(8, 3, 4, 4), torch.arange(8)
     ],
 )
 def test_batches_of_every_kind(batch: Any, keys: tuple[int | str, int | str]) -> None:
-    from lightning_accel.augment.keys import find_item
+    from lightning_accel.hooks.keys import find_item
 
     x, y = X.clone(), Y.clone()
     g = torch.Generator().manual_seed(4)

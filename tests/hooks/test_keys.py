@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from lightning_accel.augment.keys import find_item, replace_item
+from lightning_accel.hooks.keys import find_item, replace_item
 
 
 class Pair(NamedTuple):
