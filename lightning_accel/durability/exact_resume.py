@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_accel.durability import replay
 from lightning_accel.durability.rng import get_rng_state, preserved_rng, set_rng_state
 from lightning_accel.hooks import AccelCallback, Contract, data
+from lightning_accel.hooks.resume import on_resume_end
 
 __all__ = ["ExactResume"]
 
@@ -57,7 +58,7 @@ class ExactResume(AccelCallback):
         self._final: dict[str, Any] | None = None  # of the end of the fit, for checkpoints taken after it
         self._window_open = False  # at the end of the last batch
         self._training = False
-        self._fit_started = False
+        self._restored = False  # whether all of the checkpoint is
         self._watched: WeakSet[Any] = WeakSet()
 
     @property
@@ -76,14 +77,16 @@ class ExactResume(AccelCallback):
         """Watch the training loaders from the moment when they are set up."""
         self._saved = self._final = None
         self._window_open = self._training = False
-        self._fit_started = False
+        self._restored = False
         self.on_undo(partial(self._leave, trainer, pl_module))
+        on_resume_end(self, trainer, partial(self._resume_end, trainer))
         data.on_loaders_ready(self, trainer, partial(self._loaders_ready, trainer, pl_module))
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _resume_end(self, trainer: Trainer) -> None:
         """Have data set up again that ``configure_optimizers`` had set up too early, to count its batches."""
-        self._fit_started = True
+        self._restored = True
         if self._saved is not None:
+            self._unwatch()
             data.load_data_again(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -134,6 +137,9 @@ class ExactResume(AccelCallback):
     def _leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._training:  # it was interrupted
             self._final, self._training = self._state_of_rank(trainer, pl_module), False
+        self._unwatch()
+
+    def _unwatch(self) -> None:
         for loader in self._watched:
             replay.unwatch(loader)
         self._watched.clear()
@@ -145,7 +151,7 @@ class ExactResume(AccelCallback):
         self._saved = state_dict
 
     def _loaders_ready(self, trainer: Trainer, pl_module: LightningModule, original: Callable[[], None]) -> None:
-        if self._saved is not None and not self._fit_started:  # the counters are not restored yet: see on_fit_start
+        if self._saved is not None and not self._restored:  # the counters are not restored yet: see _resume_end
             original()
             return
         saved, self._saved = self._saved, None

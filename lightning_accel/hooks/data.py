@@ -16,6 +16,7 @@ from typing import Any
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_accel.hooks.callback import AccelCallback
@@ -163,10 +164,15 @@ def load_partial_gradients(trainer: Trainer, pl_module: LightningModule, gradien
     """Put back what :func:`partial_gradients` gave."""
     if (own := getattr(trainer.strategy, "load_partial_gradients", None)) is not None:
         own(gradients)
-        return
-    for name, parameter in pl_module.named_parameters():
-        if name in gradients:
-            parameter.grad = gradients[name].to(parameter.device)
+    else:
+        for name, parameter in pl_module.named_parameters():
+            if name in gradients:
+                parameter.grad = gradients[name].to(parameter.device)
+    if gradients.keys() - partial_gradients(trainer, pl_module).keys():
+        rank_zero_warn(
+            "The checkpoint has gradients of an unfinished accumulation window that this strategy can't take up: the "
+            "window goes on without them. Resume with the strategy that saved it to go on exactly."
+        )
 
 
 def callback_metrics(trainer: Trainer) -> dict[str, Any]:

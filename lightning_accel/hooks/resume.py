@@ -1,4 +1,4 @@
-"""Choosing the checkpoint that a fit resumes from, at the one place where every strategy asks for it."""
+"""A fit that is restored: which checkpoint, chosen where every strategy asks for it, and when it is done."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 
 from lightning_accel.hooks.callback import AccelCallback
 
-__all__ = ["on_resume_start"]
+__all__ = ["on_resume_end", "on_resume_start"]
 
 
 def on_resume_start(callback: AccelCallback, trainer: Trainer, choose: Callable[[Any], Any]) -> None:
@@ -35,3 +35,21 @@ def _resume_start(
     **kwargs: Any,
 ) -> None:
     original(choose(checkpoint_path), *args, **kwargs)
+
+
+def on_resume_end(callback: AccelCallback, trainer: Trainer, function: Callable[[], None]) -> None:
+    """Call ``function`` in this fit when everything that a checkpoint has is restored, under every strategy.
+
+    Some restore callbacks after ``on_fit_start`` (DeepSpeed), and all restore the loops after it.
+
+    Args:
+        callback: Whose change this is.
+        trainer: The Trainer of the fit.
+        function: Called also where the fit was given no checkpoint.
+    """
+
+    def resume_end(original: Callable[[], None]) -> None:
+        original()
+        function()
+
+    callback.patch(trainer._checkpoint_connector, "resume_end", resume_end)

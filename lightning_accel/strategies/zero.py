@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
@@ -32,8 +32,8 @@ from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_accel.errors import check_number, check_patterns, require
-from lightning_accel.strategies.process_group import explain_lost_peer, init_process_group
+from lightning_accel.errors import check_patterns, require
+from lightning_accel.strategies.process_group import check_timeouts, explain_lost_peer, init_process_group
 from lightning_accel.strategies.zero_checkpoints import ZeROCheckpoints
 from lightning_accel.strategies.zero_checks import check_build_locks, check_device, check_same_module, only_one
 from lightning_accel.strategies.zero_config import (
@@ -50,6 +50,7 @@ from lightning_accel.strategies.zero_engine import (
     compiled_ops_explained,
     forget_stale_groups,
     partitions_of,
+    run_config,
 )
 from lightning_accel.strategies.zero_later import FreezeWatch, LateGroups, all_trainable
 from lightning_accel.strategies.zero_merge import as_section, engine_config, read_config
@@ -84,6 +85,7 @@ class ZeROStrategy(ZeROCheckpoints):
         config: More of DeepSpeed's configuration, as a mapping or the path of a JSON file. It is copied. It may not
             contradict the options above, nor say what belongs to the Trainer.
         timeout: How long a collective waits for the other ranks, in seconds.
+        start_timeout: How long ranks wait for one another at the start, in seconds.
         accelerator: As in Lightning's ``DeepSpeedStrategy``.
         parallel_devices: As in Lightning's ``DeepSpeedStrategy``.
         cluster_environment: As in Lightning's ``DeepSpeedStrategy``.
@@ -111,6 +113,7 @@ class ZeROStrategy(ZeROCheckpoints):
         trained_later: list[str] | None = None,
         config: dict[str, Any] | str | Path | None = None,
         timeout: float = 1800.0,
+        start_timeout: float = 300.0,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -128,7 +131,7 @@ class ZeROStrategy(ZeROCheckpoints):
             config=read_config(config),
         )
         self._trained_later = check_patterns("trained_later", trained_later or [])
-        self._seconds = check_number("timeout", timeout, 0, float("inf"), open_low=True)
+        self._timeouts = check_timeouts(timeout, start_timeout)
         require("deepspeed", "deepspeed", "ZeROStrategy")
         super().__init__(
             accelerator=accelerator,
@@ -160,6 +163,12 @@ class ZeROStrategy(ZeROCheckpoints):
                 "itself. Leave the plugin out, and set Trainer(precision=...)."
             )
         self._precision_plugin = plugin
+
+    @property
+    def _plugin(self) -> ZeROPrecision:
+        plugin = self.precision_plugin
+        assert isinstance(plugin, ZeROPrecision)
+        return plugin
 
     @property
     def handles_gradient_accumulation(self) -> bool:
@@ -210,28 +219,14 @@ class ZeROStrategy(ZeROCheckpoints):
         init_process_group(
             self.cluster_environment,
             self._get_process_group_backend(),
-            timeout=self._seconds,
+            **self._timeouts,
             device_id=self.root_device if self.root_device.type == "cuda" else None,
         )
 
     def _format_config(self) -> None:
         """The engine's configuration for this run, from a fresh copy of the strategy's own."""
-        config = self.config = copy.deepcopy(self._base_config)
-        config["gradient_accumulation_steps"] = 1
-        # `engine.step` reduces and steps, and only that; ZenFlow has windows of its own
-        config["managed_gradient_accumulation"] = "zenflow" in config["zero_optimization"]
-        config["gradient_clipping"] = 0.0  # set before each step, see ZeROPrecision
-        plugin = self.precision_plugin
-        assert isinstance(plugin, ZeROPrecision)
-        plugin.device_type = self.root_device.type
-        if plugin.precision == "bf16-mixed":
-            # Without "safe modules", whose gradients would be reduced in bfloat16, unlike DDP's
-            autocast = {"lower_precision_safe_modules": [], **config.get("torch_autocast", {})}
-            config["torch_autocast"] = {**autocast, "enabled": True, "dtype": "bfloat16"}
-        elif plugin.precision == "bf16-true":
-            config["bf16"] = {**config.get("bf16", {}), "enabled": True}
-        elif plugin.precision in ("16-mixed", "16-true"):
-            config["fp16"] = {**config.get("fp16", {}), "enabled": True}
+        self._plugin.device_type = self.root_device.type
+        self.config = run_config(self._base_config, self._plugin.precision)
 
     def setup(self, trainer: Any) -> None:
         """Make the engine around the module."""
@@ -298,16 +293,14 @@ class ZeROStrategy(ZeROCheckpoints):
             for key in ("reduce_bucket_size", "allgather_bucket_size"):
                 self.config["zero_optimization"].setdefault(key, min(BUCKET_ELEMENTS, elements + elements % 2))
             engine, zero_optimizer = self._make_engine(model, self.config, trained, optimizer)
-        plugin = self.precision_plugin
-        assert isinstance(plugin, ZeROPrecision)
 
         def before_step() -> list[dict[str, Any]]:
             if late is not None:
                 late.take_over_options()
             return watch.frozen_groups()
 
-        plugin.before_step = before_step
-        plugin.watch(engine)
+        self._plugin.before_step = before_step
+        self._plugin.watch(engine)
         return engine, zero_optimizer
 
     def _initialize_deepspeed_inference(self, model: torch.nn.Module) -> None:
@@ -340,9 +333,15 @@ class ZeROStrategy(ZeROCheckpoints):
 
     def weigh_gradients(self, weight: float) -> None:
         """Multiply the gradients of the next optimizer step by ``weight``; no other place reaches all of them."""
-        plugin = self.precision_plugin
-        assert isinstance(plugin, ZeROPrecision)
-        plugin.weigh_gradients(weight)
+        self._plugin.weigh_gradients(weight)
+
+    def partial_gradients(self) -> dict[str, Tensor]:
+        """This rank's gradients that wait for the end of an accumulation window, on the CPU."""
+        return self._plugin.partial_gradients(self.model)
+
+    def load_partial_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """Put back what :meth:`partial_gradients` gave."""
+        self._plugin.load_partial_gradients(self.model, gradients)
 
     def partitions_of(self, parameters: Sequence[Tensor]) -> list[tuple[int, Tensor, dict[str, Tensor]] | None]:
         """This rank's part of each parameter at stages 1 and 2: see the function of that name."""

@@ -1,9 +1,10 @@
-"""Around a DeepSpeed engine: groups that are gone, compiled ops, its partitions, and the module afterwards."""
+"""Around a DeepSpeed engine: its configuration, groups that are gone, compiled ops, its partitions, and the module."""
 
 from __future__ import annotations
 
+import copy
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +17,7 @@ __all__ = [
     "compiled_ops_explained",
     "forget_stale_groups",
     "partitions_of",
+    "run_config",
 ]
 
 
@@ -32,6 +34,24 @@ def forget_stale_groups() -> None:
             pass
     groups._release_process_group_references()
     comm.cdb = None
+
+
+def run_config(base: Mapping[str, Any], precision: str) -> dict[str, Any]:
+    """The engine's configuration for one run: a copy of the strategy's own, with what belongs to the Trainer."""
+    config: dict[str, Any] = copy.deepcopy(dict(base))
+    config["gradient_accumulation_steps"] = 1
+    # `engine.step` reduces and steps, and only that; ZenFlow has windows of its own
+    config["managed_gradient_accumulation"] = "zenflow" in config["zero_optimization"]
+    config["gradient_clipping"] = 0.0  # set before each step, see ZeROPrecision
+    if precision == "bf16-mixed":
+        # Without "safe modules", whose gradients would be reduced in bfloat16, unlike DDP's
+        autocast = {"lower_precision_safe_modules": [], **config.get("torch_autocast", {})}
+        config["torch_autocast"] = {**autocast, "enabled": True, "dtype": "bfloat16"}
+    elif precision == "bf16-true":
+        config["bf16"] = {**config.get("bf16", {}), "enabled": True}
+    elif precision in ("16-mixed", "16-true"):
+        config["fp16"] = {**config.get("fp16", {}), "enabled": True}
+    return config
 
 
 @contextmanager

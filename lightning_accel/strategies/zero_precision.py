@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,6 +13,12 @@ from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_warn
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
+
+from lightning_accel.strategies.zero_gradients import (
+    clear_gradients,
+    load_partial_gradients,
+    partial_gradients,
+)
 
 __all__ = ["ZeROPrecision"]
 
@@ -33,6 +39,8 @@ class ZeROPrecision(DeepSpeedPrecision):
         self._weight = 1.0
         self._skipped = 0
         self._accumulated = False  # whether there are gradients that no step has used
+        self.gradients_saved = False
+        """Whether they were read for a checkpoint since the last backward."""
 
     @property
     def autocast(self) -> bool:
@@ -63,15 +71,25 @@ class ZeROPrecision(DeepSpeedPrecision):
         def zero_grad(_: Any, set_to_none: bool = True) -> None:
             kind.zero_grad(optimizer, set_to_none)
             if self._accumulated:
-                _clear_gradients(engine)
+                clear_gradients(engine)
                 self._accumulated = False
 
         # In its class: Lightning's wrapper of an optimizer inherits from that, and sees no attribute of the instance
         optimizer.__class__ = type(kind.__name__, (kind,), {"zero_grad": zero_grad})
         self._clip, self._weight, self._skipped, self._accumulated = None, 1.0, engine.skipped_steps, False
 
+    def partial_gradients(self, engine: Any) -> dict[str, Tensor]:
+        """This rank's gradients that no step has used, for a checkpoint."""
+        self.gradients_saved = True
+        return partial_gradients(engine) if self._accumulated and not engine.zenflow else {}
+
+    def load_partial_gradients(self, engine: Any, gradients: Mapping[str, Tensor]) -> None:
+        """Put back what :meth:`partial_gradients` gave."""
+        if not engine.zenflow and load_partial_gradients(engine, gradients):
+            self._accumulated = True
+
     def weigh_gradients(self, weight: float) -> None:
-        """Multiply the gradients by ``weight`` in the step that follows, before they are clipped."""
+        """Multiply the gradients by ``weight`` in the step that follows, before they are clipped; 0 leaves it out."""
         self._weight *= weight
 
     def backward(  # type: ignore[override]  # as in the base class
@@ -81,7 +99,7 @@ class ZeROPrecision(DeepSpeedPrecision):
         engine: Any = model.trainer.model
         # Else a second backward in one forward would replace the gradients of the first at stage 3
         engine.optimizer.clear_backward_seen_flag()
-        self._accumulated = True
+        self._accumulated, self.gradients_saved = True, False
         super().backward(tensor, model, optimizer, *args, **kwargs)
 
     def optimizer_step(  # type: ignore[override]  # as in the base class
@@ -104,8 +122,11 @@ class ZeROPrecision(DeepSpeedPrecision):
         amount, algorithm = self._clip or (0.0, GradClipAlgorithmType.NORM)
         weight, self._weight, self._clip = self._weight, 1.0, None
         by_norm = algorithm == GradClipAlgorithmType.NORM
-        engine.optimizer.clip_grad = amount / weight if by_norm else 0.0  # the engine clips before they are weighed
+        # the engine clips before they are weighed
+        engine.optimizer.clip_grad = amount / weight if by_norm and weight else 0.0
         frozen = self.before_step()
+        if weight == 0.0:
+            frozen = engine.basic_optimizer.param_groups
         changes: list[Callable[[Tensor], Any]] = []
         if weight != 1.0:
             changes.append(lambda gradient: gradient.mul_(weight))
@@ -113,7 +134,7 @@ class ZeROPrecision(DeepSpeedPrecision):
             changes.append(lambda gradient: gradient.clamp_(-amount, amount))
         self._accumulated = False  # stage 3 calls `zero_grad` within its step, when the gradients are still needed
         _step(engine, frozen, changes)
-        _clear_gradients(engine)
+        clear_gradients(engine)
         if engine.skipped_steps != self._skipped:
             self._skipped = engine.skipped_steps
             if not self.precision.startswith("16-"):  # with float16's loss scale that is part of the game
@@ -145,27 +166,3 @@ def _step(engine: Any, frozen: list[dict[str, Any]], changes: list[Callable[[Ten
         engine.step()
     finally:
         handle.remove()
-
-
-def _clear_gradients(engine: Any) -> None:
-    """Let no gradient up to here count in the next step, also not for a parameter that is not used there.
-
-    Stage 3, and offload, write over the gradients of the parameters that are used: the others would be stepped by what
-    was left.
-    """
-    optimizer = engine.optimizer
-    if engine.zenflow:
-        return
-    left: list[Tensor | None] = []
-    if engine.zero_optimization_partition_weights():
-        left = [optimizer.grad_partitions_flat_buffer, *(flat.grad for flat in optimizer.fp32_partitioned_groups_flat)]
-    elif getattr(optimizer, "cpu_offload", False):
-        left = [*optimizer.accumulated_grads_in_cpu.values()]
-        left += [flat.grad for flat in optimizer.single_partition_of_fp32_groups]
-    else:
-        for gradients in (getattr(optimizer, "all_grad_tensors", {}), getattr(optimizer, "averaged_gradients", {})):
-            gradients.update(dict.fromkeys(gradients))
-    for gradient in left:
-        if gradient is not None:
-            gradient.zero_()
-    getattr(optimizer, "norm_for_param_grads", {}).clear()
