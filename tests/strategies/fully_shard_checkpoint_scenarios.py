@@ -115,11 +115,17 @@ def second_fit(folder: Path) -> dict[str, Any]:
 
 
 class Stops(Callback):
-    """Raises in the middle of a forward, in the second batch of a window."""
+    """Raises in the middle of a forward, or of a backward, in the second batch of a window."""
+
+    def __init__(self, backward: bool) -> None:
+        self.backward = backward
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 5:
-            self.handle = pl_module.blocks[1].norm.register_forward_hook(self.stop)
+            layer = pl_module.blocks[1].norm
+            self.handle = (layer.register_full_backward_hook if self.backward else layer.register_forward_hook)(
+                self.stop
+            )
 
     def stop(self, *_: Any) -> None:
         self.handle.remove()
@@ -127,17 +133,20 @@ class Stops(Callback):
 
 
 def after_an_exception(folder: Path) -> dict[str, Any]:
-    """A fit of a module in which another one stopped, from the weights that it began with."""
-    torch.manual_seed(1)
-    module = Net("sgd")
-    before = weights(module)
-    with contextlib.suppress(ValueError):
-        make_trainer(shards(), [Stops()], accumulate_grad_batches=2).fit(module, data(), data(16))
-    module.load_state_dict(shard_state_dict(before, module))
-    module.losses.clear()
-    make_trainer(shards(), accumulate_grad_batches=2).fit(module, data(), data(16))
+    """Fits of a module in which another one stopped, from the weights that it began with."""
+    losses = []
+    for backward in (False, True):
+        torch.manual_seed(1)
+        module = Net("sgd")
+        before = weights(module)
+        with contextlib.suppress(ValueError):
+            make_trainer(shards(), [Stops(backward)], accumulate_grad_batches=2).fit(module, data(), data(16))
+        module.load_state_dict(shard_state_dict(before, module))
+        module.losses.clear()
+        make_trainer(shards(), accumulate_grad_batches=2).fit(module, data(), data(16))
+        losses.append(module.losses)
     plain = fit("ddp", module=partial(Net, "sgd"), accumulate_grad_batches=2)[2]
-    return {"ddp": plain["losses"], "sharded": module.losses}
+    return {"ddp": plain["losses"], "sharded": losses}
 
 
 def uneven(folder: Path) -> dict[str, Any]:

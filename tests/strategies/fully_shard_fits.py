@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import lr_scheduler
@@ -40,7 +40,8 @@ class Net(LightningModule):
     Args:
         optimizer: ``"sgd"``, ``"adamw"``, ``"adam fused"``, ``"adamw foreach"``, ``"adafactor"`` ...
         scheduler: A name of a scheduler, or nothing.
-        extra: ``"batchnorm"``, ``"tied"``, ``"tied blocks"``, ``"frozen"``, ``"temperature"`` or nothing.
+        extra: ``"batchnorm"``, ``"tied"``, ``"tied blocks"``, ``"frozen"``, ``"temperature"``, ``"scale"``,
+            ``"compiled"`` or nothing.
     """
 
     def __init__(self, optimizer: str = "adamw", scheduler: str = "", extra: str = "") -> None:
@@ -51,6 +52,7 @@ class Net(LightningModule):
         self.norm = nn.BatchNorm1d(16) if extra == "batchnorm" else nn.Identity()
         self.head = nn.Linear(16, 8)
         self.temperature = nn.Parameter(torch.tensor(1.5)) if extra == "temperature" else 1.0
+        self.scale = nn.Parameter(torch.full((8,), 1.5)) if extra == "scale" else 1.0
         if extra == "tied":
             self.head.weight = nn.Parameter(self.stem.weight.detach().clone().t().contiguous())
             self.again = nn.Linear(16, 8)
@@ -60,6 +62,9 @@ class Net(LightningModule):
         if extra == "frozen":
             for layer in (self.stem, self.blocks[0].inner[0], self.blocks[1]):
                 layer.requires_grad_(False)
+        if extra == "compiled":
+            for block in self.blocks:
+                block.compile(backend="aot_eager")
         self.losses: list[float] = []
         self.evaluated: list[float] = []
 
@@ -67,7 +72,7 @@ class Net(LightningModule):
         x = self.stem(x)
         for block in self.blocks:
             x = block(x)
-        y = self.head(self.norm(x)) * self.temperature
+        y = self.head(self.norm(x)) * self.temperature * self.scale
         return y + self.again(x) if self.hparams["extra"] == "tied" else y
 
     def compute_loss(self, batch: Any) -> Tensor:
@@ -75,7 +80,7 @@ class Net(LightningModule):
         hidden = self.stem(x)
         for block in self.blocks:
             hidden = block(hidden)
-        logits = self.head(self.norm(hidden)) * self.temperature
+        logits = self.head(self.norm(hidden)) * self.temperature * self.scale
         if self.hparams["extra"] == "tied":
             logits = logits + self.again(hidden)
         return F.cross_entropy(logits, y)
@@ -181,8 +186,22 @@ def data(count: int = 2 * 4 * BATCHES, workers: int = 0, shuffle: bool = False) 
     return DataLoader(samples, 4 * 2 // WORLD, sampler=sampler, num_workers=workers)
 
 
-def make_trainer(strategy: Any, callbacks: Sequence[Callback] = (), **arguments: Any) -> Trainer:
+class Data(LightningDataModule):
+    """The same, for a YAML."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return data()
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return data(16)
+
+
+def restore_environment() -> None:
     os.environ.update(RANK=str(RANK), LOCAL_RANK=str(RANK), WORLD_SIZE=str(WORLD))  # a finished fit removes them
+
+
+def make_trainer(strategy: Any, callbacks: Sequence[Callback] = (), **arguments: Any) -> Trainer:
+    restore_environment()
     settings: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": WORLD,

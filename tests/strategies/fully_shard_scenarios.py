@@ -17,15 +17,30 @@ from lightning.pytorch import Callback
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.debug import CommDebugMode
 
 from lightning_accel.accumulation.gradient_accumulation import GradientAccumulation
 from lightning_accel.augment.label_smoothing import LabelSmoothing
+from lightning_accel.cli.lightning_commands import AccelCLI
 from lightning_accel.errors import NoEffectWarning
 from lightning_accel.optimizers.fused import FusedOptimizer
 from lightning_accel.optimizers.low_bit import LowBitOptimizer
 from lightning_accel.pruning.gradual import GradualPruning
 from lightning_accel.strategies.fully_shard import FullyShardStrategy
-from tests.strategies.fully_shard_fits import RANK, WORLD, Gan, Net, SaveAt, data, fit, make_trainer, results, shards
+from lightning_accel.strategies.sharding import units
+from tests.strategies.fully_shard_fits import (
+    RANK,
+    WORLD,
+    Gan,
+    Net,
+    SaveAt,
+    data,
+    fit,
+    make_trainer,
+    restore_environment,
+    results,
+    shards,
+)
 from tests.strategies.launch import serve
 
 _under_ddp: dict[str, dict[str, Any]] = {}
@@ -73,14 +88,19 @@ SAME: dict[str, Callable[[], dict[str, Any]]] = {
     "tied": partial(both, module=partial(Net, extra="tied")),
     "tied blocks": partial(both, module=partial(Net, extra="tied blocks")),
     "frozen": partial(both, module=partial(Net, extra="frozen")),
-    "scalar": partial(both, module=partial(Net, extra="temperature"), gradient_clip_val=0.05),
-    "scalar accumulated": partial(both, module=partial(Net, extra="temperature"), accumulate_grad_batches=2),
+    # SGD where gradients are clipped or summed: Adam steps as far whatever they are multiplied with
+    "scalar": partial(both, module=partial(Net, "sgd", extra="temperature"), gradient_clip_val=0.05),
+    "scalar accumulated": partial(  # and a norm that is never reached
+        both, module=partial(Net, "sgd", extra="temperature"), accumulate_grad_batches=2, gradient_clip_val=9.0
+    ),
+    "at the root": partial(both, module=partial(Net, "sgd", extra="scale"), gradient_clip_val=0.05),
+    "compiled blocks": partial(both, module=partial(Net, extra="compiled"), max_epochs=1),
     "other seeds": partial(both, module=partial(Net, extra="batchnorm"), seed=1 + RANK),
     "inference mode": inference_mode,
     "no blocks": partial(both, partial(FullyShardStrategy, blocks=10**9)),
     "kept after forward": partial(both, partial(shards, reshard_after_forward=False)),
-    "offload": partial(both, partial(shards, offload=True), gradient_clip_val=0.05),
-    "replicas": partial(both, partial(shards, replicas=2)),
+    "offload": partial(both, partial(shards, offload=True), module=partial(Net, "sgd"), gradient_clip_val=0.05),
+    "replicas": partial(both, partial(shards, replicas=2), module=partial(Net, "sgd"), gradient_clip_val=0.05),
     "gan": gan,
     "gan without toggling": partial(gan, module=partial(Gan, toggled=False)),
     "gan without blocks": partial(gan, partial(FullyShardStrategy, blocks=10**9)),
@@ -156,6 +176,11 @@ def errors(folder: Path) -> dict[str, str]:
         "dtypes": message(lambda: fit(shards(), module=TwoDtypes)),
         "adafactor": message(lambda: fit(shards(), module=partial(Net, "adafactor"))),
         "replicas": message(lambda: fit(shards(replicas=3))),
+        "compiled": message(lambda: fit(shards(), module=lambda: torch.compile(Net(), backend="eager"))),
+        "16-mixed": message(lambda: fit(shards(), precision="16-mixed")),
+        "sync_batchnorm": message(
+            lambda: fit(shards(), module=partial(Net, extra="batchnorm"), sync_batchnorm=True, num_sanity_val_steps=0)
+        ),
         "param_dtype": message(lambda: fit(shards(param_dtype="bfloat16"))),
         "LowBitOptimizer": message(lambda: fit(shards(), callbacks=lambda: [LowBitOptimizer()])),
         "GradualPruning": message(lambda: fit(shards(), callbacks=lambda: [GradualPruning()])),
@@ -201,7 +226,70 @@ def methods(folder: Path) -> dict[str, Any]:
     return both(callbacks=stack)
 
 
-OTHERS: dict[str, Callable[[Path], Any]] = {"errors": errors, "effects": effects, "methods": methods}
+class Messages(Callback):
+    """Counts the collectives in each batch's step."""
+
+    def __init__(self) -> None:
+        self.counts: list[dict[str, int]] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._mode = CommDebugMode()
+        self._mode.__enter__()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._mode.__exit__(None, None, None)
+        self.counts.append({str(name): count for name, count in self._mode.get_comm_counts().items()})
+
+
+def window(folder: Path) -> list[dict[str, int]]:
+    """What travels in the batches of two windows."""
+    watch = Messages()
+    fit(shards(), callbacks=lambda: [watch], accumulate_grad_batches=2, limit_train_batches=4, max_epochs=1)
+    return watch.counts
+
+
+YAML = """
+seed_everything: 1
+trainer:
+  strategy: {strategy}
+  accelerator: cpu
+  devices: {world}
+  max_epochs: 2
+  num_sanity_val_steps: 1
+  use_distributed_sampler: false
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  default_root_dir: {folder}
+model: tests.strategies.fully_shard_fits.Net
+data: tests.strategies.fully_shard_fits.Data
+"""
+BY_PATTERNS = r"{class_path: FullyShardStrategy, init_args: {blocks: ['blocks\.\d+', stem], param_dtype: null}}"
+
+
+def from_yaml(folder: Path) -> dict[str, Any]:
+    """A fit of our command by the name of a strategy, by its class and patterns, and by `ddp`."""
+    found = {}
+    for name, strategy in {"ddp": "ddp", "name": "accel_fsdp2_offload", "class": BY_PATTERNS}.items():
+        restore_environment()
+        file = folder / f"{name}.{RANK}.yaml"
+        file.write_text(YAML.format(strategy=strategy, world=WORLD, folder=folder))
+        cli = AccelCLI(["fit", "--config", str(file)], save_config_callback=None)
+        found[name] = results(cli.model)
+        if name != "ddp":
+            made = cli.trainer.strategy
+            found[name] |= {"offload": made.offload, "units": len(units(vars(cli.model)["_fully_sharded_root"]))}
+    return found
+
+
+OTHERS: dict[str, Callable[[Path], Any]] = {
+    "errors": errors,
+    "effects": effects,
+    "methods": methods,
+    "window": window,
+    "yaml": from_yaml,
+}
 
 
 def _same(name: str, folder: Path) -> Any:

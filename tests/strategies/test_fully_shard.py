@@ -11,7 +11,7 @@ import torch
 
 from lightning_accel.strategies.fully_shard import FullyShardStrategy
 from tests.conformance.processes import made_once
-from tests.strategies.fully_shard_scenarios import SAME
+from tests.strategies.fully_shard_scenarios import OTHERS, SAME
 from tests.strategies.launch import launch, outcome
 
 MODULE = "tests.strategies.fully_shard_scenarios"
@@ -21,7 +21,7 @@ IN_BFLOAT16 = {"param_dtype", "reduce_dtype"}  # DDP has nothing like them
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    names = [*SAME, "methods", "errors", "effects"]
+    names = [*SAME, *OTHERS]
     return made_once(tmp_path_factory, "fully_shard", lambda folder: launch(MODULE, folder, names))
 
 
@@ -56,21 +56,42 @@ def test_explicit_dtypes_are_used(two_ranks: Path, name: str) -> None:
     assert result["ddp"]["losses"] != result["sharded"]["losses"]
 
 
+@pytest.mark.slow
+def test_one_reduction_a_window(two_ranks: Path) -> None:
+    """A batch gathers the root once and each of three blocks twice; only a window's last reduces gradients."""
+    gathers = {"c10d._allgather_base_": 7}
+    first, last = gathers, {**gathers, "c10d._reduce_scatter_base_": 4}
+    assert outcome(two_ranks, "window") == [first, last, first, last]
+
+
+@pytest.mark.slow
+def test_from_a_yaml(two_ranks: Path) -> None:
+    """By name and by class with patterns: DDP's numbers, and the arguments arrive."""
+    result = outcome(two_ranks, "yaml")
+    for kind, offload, blocks in (("name", True, 0), ("class", False, 4)):
+        assert_same(result["ddp"], result[kind], 1e-5)
+        assert result[kind]["offload"] == offload
+        assert result[kind]["units"] == 1 + blocks
+
+
 ERRORS = {
     "no room": "CheckpointError: Rank 0 could not write the checkpoint. FileExistsError",
     "weights only": "KeyError: 'Trying to restore optimizer state but checkpoint contains only the model",
     "other module": "is no checkpoint of this Gan: missing in the checkpoint: generator.0.weight;",
-    "not a checkpoint": "has no meta.pt: it is not a checkpoint of FullyShardStrategy",
+    "not a checkpoint": "meta.pt",
     "different": "rank 0 has `head.weight (8, 16) float32 trainable` where rank 1 has `head.weight (9, 16)",
     "meta": "MisconfigurationException: Meta has parameters on the meta device",
     "sharded": "MisconfigurationException: Sharded has parameters that are sharded already",
     "dtypes": "MisconfigurationException: FullyShardStrategy needs trainable parameters of one dtype",
     "adafactor": "MisconfigurationException: Adafactor does not run on shards",
     "replicas": "MisconfigurationException: FullyShardStrategy(replicas=3) can't divide 2 ranks",
+    "compiled": "RuntimeError: Using a compiled model is incompatible with the current strategy: `FullyShardStrategy`",
+    "16-mixed": "does not support `Fabric(..., precision='16-mixed')`. Choose a different precision among: 32",
+    "sync_batchnorm": "ValueError: SyncBatchNorm expected input tensor to be on GPU",
     "param_dtype": "set precision='bf16-mixed'.",
     "LowBitOptimizer": "MisconfigurationException: LowBitOptimizer can't work with FullyShardStrategy",
     "GradualPruning": "MisconfigurationException: GradualPruning can't work with FullyShardStrategy",
-    "changed": "its checksum differs. Use another checkpoint.",
+    "changed": "its checksum differs.",
     "truncated": "has 100 bytes, but",
 }
 
