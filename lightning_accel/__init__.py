@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lightning_accel.strategies.registry import register_strategies
+
 if TYPE_CHECKING:
     from lightning_accel.accumulation.gradient_accumulation import GradientAccumulation
     from lightning_accel.augment.batch_augmentation import BatchAugmentation
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_accel.durability.auto_resume import AutoResume
     from lightning_accel.durability.exact_resume import ExactResume
     from lightning_accel.errors import NoEffectWarning
+    from lightning_accel.optimizers.ema import EMA
     from lightning_accel.optimizers.fused import FusedOptimizer
     from lightning_accel.optimizers.low_bit import LowBitOptimizer
     from lightning_accel.pruning.gradual import GradualPruning
@@ -19,10 +22,12 @@ if TYPE_CHECKING:
     from lightning_accel.strategies.ddp import RestartableDDPStrategy
     from lightning_accel.strategies.fully_shard import FullyShardStrategy
     from lightning_accel.strategies.zero import ZeROStrategy
+    from lightning_accel.strategies.zero_redundancy import ZeroRedundancyStrategy
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "EMA",
     "AutoResume",
     "BatchAugmentation",
     "Duration",
@@ -36,11 +41,13 @@ __all__ = [
     "NoEffectWarning",
     "RestartableDDPStrategy",
     "ZeROStrategy",
+    "ZeroRedundancyStrategy",
 ]
 
 _HOME = {
     "AutoResume": "durability.auto_resume",
     "BatchAugmentation": "augment.batch_augmentation",
+    "EMA": "optimizers.ema",
     "Duration": "schedules",
     "ExactResume": "durability.exact_resume",
     "FullyShardStrategy": "strategies.fully_shard",
@@ -52,7 +59,10 @@ _HOME = {
     "NoEffectWarning": "errors",
     "RestartableDDPStrategy": "strategies.ddp",
     "ZeROStrategy": "strategies.zero",
+    "ZeroRedundancyStrategy": "strategies.zero_redundancy",
 }
+
+register_strategies()  # so that Trainer(strategy="accel_zero2") knows the names; the strategies are imported when made
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,6 @@ import lightning_accel
 import lightning_accel.augment
 from lightning_accel.cli.recipes import split_recipes
 from lightning_accel.cli.usage import UsageError
-from lightning_accel.strategies.registry import register_strategies
 
 __all__ = ["AccelCLI", "KeepConfig", "run_lightning"]
 
@@ -29,7 +28,6 @@ class AccelCLI(LightningCLI):
     """
 
     def __init__(self, args: list[str], **kwargs: Any) -> None:
-        register_strategies()
         for package in (lightning_accel, lightning_accel.augment):
             for name in getattr(package, "__all__", ()):
                 getattr(package, name)  # a short name is looked up among the classes that are imported
