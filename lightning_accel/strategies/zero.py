@@ -14,10 +14,9 @@ import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
@@ -44,6 +43,7 @@ from lightning_accel.strategies.zero_config import (
     Stage3,
     ZenFlow,
     ZeROPlusPlus,
+    with_path,
 )
 from lightning_accel.strategies.zero_engine import (
     ModuleState,
@@ -57,8 +57,6 @@ from lightning_accel.strategies.zero_merge import as_section, engine_config, rea
 from lightning_accel.strategies.zero_precision import ZeROPrecision
 
 __all__ = ["ZeROStrategy"]
-
-Offload = TypeVar("Offload", OffloadOptimizer, OffloadParameters)
 
 
 class ZeROStrategy(ZeROCheckpoints):
@@ -122,8 +120,8 @@ class ZeROStrategy(ZeROCheckpoints):
     ) -> None:
         base = engine_config(
             stage,
-            _with_path(as_section(OffloadOptimizer, offload_optimizer, short="device"), nvme_path),
-            _with_path(as_section(OffloadParameters, offload_parameters, short="device"), nvme_path),
+            with_path(as_section(OffloadOptimizer, offload_optimizer, short="device"), nvme_path),
+            with_path(as_section(OffloadParameters, offload_parameters, short="device"), nvme_path),
             as_section(Communication, communication),
             as_section(Stage3, stage3),
             as_section(ZeROPlusPlus, zero_plus_plus),
@@ -146,6 +144,7 @@ class ZeROStrategy(ZeROCheckpoints):
         self._base_config = base
         self.config = copy.deepcopy(base)
         self._module_state: ModuleState | None = None
+        self._late: LateGroups | None = None
         self._failed = False
 
     @property
@@ -286,20 +285,15 @@ class ZeROStrategy(ZeROCheckpoints):
                 late = LateGroups(optimizer, names, self._trained_later)
                 optimizer = late.inner
         with all_trainable(late.parameters) if late else nullcontext():
-            watch = FreezeWatch(optimizer.param_groups if optimizer else [{"params": list(names)}], names)
+            watch = FreezeWatch(optimizer.param_groups if optimizer else [{"params": list(names)}], names, late)
             trained = [parameter for parameter in names if parameter.requires_grad]
             # Buckets no larger than what there is to send: DeepSpeed allocates them in full
             elements = sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in trained)
             for key in ("reduce_bucket_size", "allgather_bucket_size"):
                 self.config["zero_optimization"].setdefault(key, min(BUCKET_ELEMENTS, elements + elements % 2))
             engine, zero_optimizer = self._make_engine(model, self.config, trained, optimizer)
-
-        def before_step() -> list[dict[str, Any]]:
-            if late is not None:
-                late.take_over_options()
-            return watch.frozen_groups()
-
-        self._plugin.before_step = before_step
+        self._late = late
+        self._plugin.before_step = watch.before_step
         self._plugin.watch(engine)
         return engine, zero_optimizer
 
@@ -330,6 +324,18 @@ class ZeROStrategy(ZeROCheckpoints):
         state.made()
         self._module_state = state
         return engine, zero_optimizer
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint, with what schedulers changed since the last step."""
+        if self._late is not None:
+            self._late.take_over_options()
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Give the module its weights, and in a fit the optimizer its state and its groups' options."""
+        super().load_model_state_dict(checkpoint, strict)
+        if self._late is not None:
+            self._late.give_back_options()
 
     def weigh_gradients(self, weight: float) -> None:
         """Multiply the gradients of the next optimizer step by ``weight``; no other place reaches all of them."""
@@ -383,13 +389,6 @@ class ZeROStrategy(ZeROCheckpoints):
                 state.restore(whole)
             self.model = self.lightning_module
             torch.nn.functional.linear = self._linear
-        self._module_state = None
+        self._module_state = self._late = None
         self._config_initialized = False
         super().teardown()
-
-
-def _with_path(section: Offload | None, nvme_path: str | None) -> Offload | None:
-    """The section with the folder that both share, where it needs one and has none."""
-    if section is None or section.device != "nvme" or section.nvme_path:
-        return section
-    return replace(section, nvme_path=nvme_path)

@@ -10,8 +10,8 @@ Papers: ZeRO (https://arxiv.org/abs/1910.02054), ZeRO-Offload (https://arxiv.org
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import Field, dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from dataclasses import Field, dataclass, field, fields, replace
+from typing import Any, ClassVar, Literal, TypeVar
 
 from lightning_accel.errors import check_choice, check_int, check_number
 
@@ -25,6 +25,7 @@ __all__ = [
     "Stage3",
     "ZeROPlusPlus",
     "ZenFlow",
+    "with_path",
     "zero_bytes",
 ]
 
@@ -248,18 +249,22 @@ def zero_bytes(
     stage: int,
     ranks: int,
     *,
-    parameter_bytes: int = 4,
-    state_bytes: int = 8,
+    parameter_bytes: float = 4,
+    gradient_bytes: float | None = None,
+    state_bytes: float = 8,
     trainable: int | None = None,
     master: bool = True,
 ) -> dict[str, float]:
     """The bytes of a rank's states under ZeRO, by kind, without what is padding, buffers or offloaded.
+
+    ``lightning-accel plan`` is made of it.
 
     Args:
         parameters: Elements of the whole module.
         stage: 0 (DDP), 1, 2 or 3.
         ranks: How many ranks share the states.
         parameter_bytes: Bytes an element: 4, or 2 under ``bf16-true``.
+        gradient_bytes: The same of a gradient; None for as many.
         state_bytes: Bytes of optimizer state an element: 8 for Adam in fp32, 4 for SGD with momentum, 0 for SGD.
         trainable: Elements that are trained; None for all.
         master: Whether there is a fp32 master copy beside the parameters: ZeRO always keeps one, DDP none.
@@ -271,7 +276,17 @@ def zero_bytes(
     split = [ranks if stage >= least else 1 for least in (3, 2, 1)]
     return {
         "parameters": parameters * parameter_bytes / split[0],
-        "gradients": trainable * parameter_bytes / split[1],
+        "gradients": trainable * (parameter_bytes if gradient_bytes is None else gradient_bytes) / split[1],
         "master": trainable * 4 / split[2] if stage and master else 0.0,
         "state": trainable * state_bytes / split[2],
     }
+
+
+Offload = TypeVar("Offload", OffloadOptimizer, OffloadParameters)
+
+
+def with_path(section: Offload | None, nvme_path: str | None) -> Offload | None:
+    """The section with the folder that both share, where it needs one and has none."""
+    if section is None or section.device != "nvme" or section.nvme_path:
+        return section
+    return replace(section, nvme_path=nvme_path)

@@ -78,6 +78,11 @@ class LateGroups:
         for group, source in zip(self.inner.param_groups, self._sources, strict=True):
             group.update({key: value for key, value in source.items() if key != "params"})
 
+    def give_back_options(self) -> None:
+        """Give the outer groups what a checkpoint restored in the inner ones: schedulers go on from it."""
+        for group, source in zip(self.inner.param_groups, self._sources, strict=True):
+            source.update({key: value for key, value in group.items() if key != "params"})
+
 
 class FreezeWatch:
     """Which groups of the optimizer are frozen now; whether what is frozen is what DeepSpeed can leave alone.
@@ -85,17 +90,26 @@ class FreezeWatch:
     Args:
         groups: The optimizer's groups, before DeepSpeed flattens them.
         names: The dotted name of each parameter of the module.
+        late: Where those groups are not the ones that schedulers know.
     """
 
-    def __init__(self, groups: Sequence[dict[str, Any]], names: Mapping[nn.Parameter, str]) -> None:
-        self._groups = list(groups)
+    def __init__(
+        self, groups: Sequence[dict[str, Any]], names: Mapping[nn.Parameter, str], late: LateGroups | None = None
+    ) -> None:
+        self._late = late
         self._members = [[parameter for parameter in group["params"] if parameter.requires_grad] for group in groups]
         inside = {parameter for members in self._members for parameter in members}
         self._outside = [parameter for parameter in names if not parameter.requires_grad and parameter not in inside]
         self._names = names
 
-    def frozen_groups(self) -> list[dict[str, Any]]:
-        """The groups whose partitions must stay as they are.
+    def before_step(self) -> set[int]:
+        """Take over what schedulers changed; return what :meth:`frozen_groups` does."""
+        if self._late is not None:
+            self._late.take_over_options()
+        return self.frozen_groups()
+
+    def frozen_groups(self) -> set[int]:
+        """The numbers of the groups whose partitions must stay as they are.
 
         Raises:
             MisconfigurationException: If a part of a group is frozen, or something outside of all groups is trained.
@@ -107,11 +121,11 @@ class FreezeWatch:
                     "update it. Give it to the optimizer from the start, and name it in "
                     "ZeROStrategy(trained_later=[...])."
                 )
-        frozen = []
-        for group, members in zip(self._groups, self._members, strict=True):
+        frozen = set()
+        for number, members in enumerate(self._members):
             trained = [parameter.requires_grad for parameter in members]
             if not any(trained):
-                frozen.append(group)
+                frozen.add(number)
             elif not all(trained):
                 name = self._names[members[trained.index(False)]]
                 raise MisconfigurationException(

@@ -33,8 +33,8 @@ class ZeROPrecision(DeepSpeedPrecision):
     def __init__(self, precision: Any) -> None:
         super().__init__(precision)
         self.device_type = "cpu"
-        self.before_step: Callable[[], list[dict[str, Any]]] = list
-        """Called before every step; returns the groups that are frozen now."""
+        self.before_step: Callable[[], set[int]] = set
+        """Called before every step; returns the numbers of the groups that are frozen now."""
         self._clip: tuple[float, GradClipAlgorithmType] | None = None
         self._weight = 1.0
         self._skipped = 0
@@ -126,7 +126,7 @@ class ZeROPrecision(DeepSpeedPrecision):
         engine.optimizer.clip_grad = amount / weight if by_norm and weight else 0.0
         frozen = self.before_step()
         if weight == 0.0:
-            frozen = engine.basic_optimizer.param_groups
+            frozen = set(range(len(engine.basic_optimizer.param_groups)))
         changes: list[Callable[[Tensor], Any]] = []
         if weight != 1.0:
             changes.append(lambda gradient: gradient.mul_(weight))
@@ -145,17 +145,16 @@ class ZeROPrecision(DeepSpeedPrecision):
         return result
 
 
-def _step(engine: Any, frozen: list[dict[str, Any]], changes: list[Callable[[Tensor], Any]]) -> None:
+def _step(engine: Any, frozen: set[int], changes: list[Callable[[Tensor], Any]]) -> None:
     """The engine's step, with changes to the reduced, unscaled fp32 gradients: a partition each."""
     if not frozen and not changes:
         engine.step()
         return
 
     def change(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for group in optimizer.param_groups:
-            passed_over = any(group is other for other in frozen)
+        for number, group in enumerate(optimizer.param_groups):
             for partition in group["params"]:
-                if passed_over:  # as for a parameter without a gradient: no momentum, no weight decay
+                if number in frozen:  # as for a parameter without a gradient: no momentum, no weight decay
                     partition.grad = None
                 elif partition.grad is not None:
                     for function in changes:

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_accel.strategies.fully_shard import FullyShardStrategy
 from lightning_accel.strategies.zero import ZeROStrategy
+from tests.conformance import sharded_resume
 from tests.conformance.toy import BATCH_SIZE, Digits, Recorder, make_trainer, train_loader, val_loader
 from tests.methods import METHODS, STACKS, Method, build, use
 from tests.strategies.launch import serve
@@ -93,6 +94,7 @@ ROWS = {method.name: method for method in [*METHODS, *STACKS]}
 SCENARIOS = {
     **{f"{strategy}: plain": partial(plain, strategy) for strategy in STRATEGIES},
     **{f"{strategy}: {name}": partial(run, strategy, row) for strategy in STRATEGIES for name, row in ROWS.items()},
+    **sharded_resume.SCENARIOS,
 }
 
 if __name__ == "__main__":
