@@ -1,47 +1,25 @@
-"""Two processes: gradients are reduced once a window, and the replicas stay equal. All cases share one launch."""
+"""Two processes: gradients are reduced once a window, replicas stay equal, and a window is one big batch of both."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_accel import GradientAccumulation
-from tests.conftest import REPO
+from tests.accumulation.rank_scenarios import SCENARIOS, SENTENCES, SOME, STRATEGIES, TINY
+from tests.accumulation.text import Batch, Steps, Text, adamw, by_hand, joined, make_batches, one_cycle
+from tests.conformance.processes import made_once
 from tests.hooks.common import Tiny, fit, samples
+from tests.strategies.launch import launch, outcome
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("accumulation"), pytest.mark.timeout(400)]
 
-class Shard:
-    """A rank's five batches: every other one of ten. It has no length."""
-
-    def __init__(self, rank: int) -> None:
-        x, y = samples(10).tensors
-        self.batches = [[x[n : n + 4], y[n : n + 4]] for n in range(4 * rank, 40, 8)]
-
-    def __iter__(self) -> Any:
-        return iter(self.batches)
-
-
-class SizedShard(Shard):
-    def __len__(self) -> int:
-        return len(self.batches)
-
-
-CASES: dict[str, dict[str, Any]] = {
-    "constant": {"factor": 3},
-    "schedule": {"factor": {0: 1, "0.5fit": 2}, "max_epochs": 2},
-    "fraction of a time": {"factor": {"0.5fit": 3}, "max_time": {"seconds": 3600}},
-    "unknown length": {"factor": 2, "shard": Shard},
-}
+RANKS = 2
 WINDOWS = {
     "constant": [3, 2],
     "schedule": [1, 1, 1, 1, 1, 2, 2, 1],
@@ -50,60 +28,37 @@ WINDOWS = {
 }
 
 
-class CountReductions(Callback):
-    """The number of the batch, from 0, at each all-reduce of gradients."""
-
-    def __init__(self) -> None:
-        self.batches: list[int] = []
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        def reduce(state, bucket):  # type: ignore[no-untyped-def]  # torch refuses annotations as text
-            self.batches.append(trainer.fit_loop.total_batch_idx)
-            work = dist.all_reduce(bucket.buffer() / 2, async_op=True)
-            return work.get_future().then(lambda future: future.value()[0])  # type: ignore[union-attr]
-
-        trainer.model.register_comm_hook(None, reduce)  # type: ignore[union-attr, operator]
-
-
-def worker(out: Path) -> None:
-    """What each rank runs."""
-    report: dict[str, Any] = {}
-    rank = int(os.environ.get("LOCAL_RANK", 0))
-    for name, case in CASES.items():
-        options = {"shard": SizedShard, **case}
-        module, count = Tiny(), CountReductions()
-        callbacks = [GradientAccumulation(options.pop("factor")), count]
-        options |= {"data": options.pop("shard")(rank), "strategy": DDPStrategy(process_group_backend="gloo")}
-        trainer = fit(module, *callbacks, devices=2, use_distributed_sampler=False, **options)
-        weights = [torch.zeros_like(module.layer.weight) for _ in range(2)]
-        dist.all_gather(weights, module.layer.weight.detach())
-        report[name] = {
-            "reduced": count.batches,
-            "steps": trainer.global_step,
-            "equal": torch.equal(*weights),
-            "weight": module.layer.weight.tolist(),
-        }
-    if rank == 0:
-        out.write_text(json.dumps(report))
-
-
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    out = tmp_path_factory.mktemp("distributed") / "report.json"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__, str(out)], cwd=REPO, capture_output=True, text=True, timeout=150
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    result: dict[str, Any] = json.loads(out.read_text())
-    return result
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def fill(folder: Path) -> None:
+        launch("tests.accumulation.rank_scenarios", folder, list(SCENARIOS), RANKS)
+
+    return made_once(tmp_path_factory, "accumulation", fill)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_one_reduction_a_window_and_the_gradient_of_the_global_batch(name: str, report: dict[str, Any]) -> None:
-    windows, found = WINDOWS[name], report[name]
-    assert found["equal"]
-    assert found["steps"] == len(windows)
-    assert found["reduced"] == [sum(windows[: number + 1]) - 1 for number in range(len(windows))]
+def found(runs: Path, name: str) -> list[dict[str, Any]]:
+    """What each rank found; all have the same weights and steps."""
+    both = [outcome(runs, name, rank) for rank in range(RANKS)]
+    assert torch.equal(both[0]["weights"], both[1]["weights"])
+    assert both[0]["ends"] == both[1]["ends"]
+    return both
+
+
+def expected(ends: list[int], configure: Any = None, clip: float = 0.0, batches: list[Batch] = SENTENCES) -> Tensor:
+    """The weights after plain steps on the big batches of both ranks."""
+    per_epoch, windows, begin = len(batches) // RANKS, [], 0
+    for end in ends:
+        first = begin % per_epoch
+        windows.append(batches[RANKS * first : RANKS * (first + end - begin)])
+        begin = end
+    return by_hand(windows, Text(configure) if configure else Text(), clip)[0]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_one_reduction_a_window_and_the_gradient_of_the_global_batch(name: str, runs: Path) -> None:
+    windows, result = WINDOWS[name], found(runs, name)[0]
+    assert result["steps"] == len(windows)
+    assert result["reduced"] == [sum(windows[: number + 1]) - 1 for number in range(len(windows))]
     # by hand: plain steps on the global batches, of two micro-batches a rank each
     reference, (x, y), begin = Tiny(), samples(10).tensors, 0
     for length in windows:
@@ -114,8 +69,76 @@ def test_one_reduction_a_window_and_the_gradient_of_the_global_batch(name: str, 
             for parameter in reference.parameters():
                 parameter -= 0.1 * parameter.grad  # type: ignore[operator]
         begin = (begin + 8 * length) % 40
-    torch.testing.assert_close(torch.tensor(found["weight"]), reference.layer.weight.detach(), rtol=1e-5, atol=1e-6)
+    weights = torch.nn.utils.parameters_to_vector(reference.parameters()).detach()
+    torch.testing.assert_close(result["weights"], weights, rtol=1e-5, atol=1e-6)
 
 
-if __name__ == "__main__":
-    worker(Path(sys.argv[1]))
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_by_tokens_a_window_of_both_ranks_is_one_big_batch(name: str, runs: Path) -> None:
+    result = found(runs, f"tokens {name}")[0]
+    assert result["ends"] == [3, 5, 8, 10]
+    torch.testing.assert_close(result["weights"], expected(result["ends"]), rtol=1e-5, atol=1e-6)
+    clipped = found(runs, f"clipped {name}")[0]
+    torch.testing.assert_close(clipped["weights"], expected([3, 5], clip=0.1), rtol=1e-5, atol=1e-6)
+
+
+def test_by_tokens_a_factor_of_one_weighs_the_ranks(runs: Path) -> None:
+    result = found(runs, "factor of one")[0]
+    torch.testing.assert_close(result["weights"], expected([1, 2, 3, 4, 5]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_nothing_counts_on_one_rank_or_on_none(name: str, runs: Path) -> None:
+    first, second = found(runs, f"nothing {name}")
+    assert first["ends"] == [2, 4, 5]
+    assert first["steps"] == 3
+    assert ["Nothing counts in the batches up to number 3" in text for text in first["said"]] == [True]
+    assert not second["said"]
+    final, _ = by_hand([SOME[:4], SOME[8:]], Text(adamw))
+    torch.testing.assert_close(first["weights"], final, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2"])
+def test_all_ranks_end_a_window_of_tokens_together(name: str, runs: Path) -> None:
+    result = found(runs, f"target {name}")[0]
+    counts = [int((joined(SENTENCES[n : n + 2])["labels"] != -100).sum()) for n in range(0, 10, 2)]
+    ends, sum_ = [], 0
+    for number, count in enumerate(counts, start=1):
+        sum_ += count
+        if sum_ >= 40 or number == len(counts):
+            ends, sum_ = [*ends, number], 0
+    assert result["ends"] == ends
+    assert 1 < len(ends) < len(counts)
+    torch.testing.assert_close(result["weights"], expected(ends), rtol=1e-5, atol=1e-6)
+
+
+def test_when_ranks_talk(runs: Path) -> None:
+    fixed, target = found(runs, "talk fixed")[0], found(runs, "talk target")[0]
+    assert fixed["reduced"] == [2, 4]
+    assert fixed["others"] == [0, 2, 4]  # the size of counts once, then the count of each window
+    assert target["reduced"] == [end - 1 for end in target["ends"]]
+    assert set(target["others"]) == set(range(5))  # each batch asks whether it is the last
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2", "target"])
+def test_a_resume_inside_a_window_has_the_counts_of_all_ranks(name: str, runs: Path) -> None:
+    both = [outcome(runs, f"resumed {name}", rank) for rank in range(RANKS)]
+    for result in both:
+        assert result["whole"]["ends"][0] > 2
+        assert torch.equal(result["whole"]["weights"], result["resumed"]["weights"])
+        assert result["whole"]["ends"] == result["resumed"]["ends"]
+
+
+def test_the_factor_follows_from_the_number_of_ranks_also_when_a_run_goes_on_with_fewer(runs: Path) -> None:
+    result = found(runs, "target")[0]
+    assert result["ends"] == [3, 6, 9, 12]
+    data = DataLoader(make_batches([1] * 12), batch_size=1, collate_fn=joined)  # type: ignore[arg-type]
+    steps, callback = Steps(), GradientAccumulation(target_batch_size=6)
+    fit(Text(one_cycle), callback, steps, data=data, max_epochs=2, ckpt_path=runs / "target.ckpt")
+    assert [end - steps.ends[0] for end in steps.ends] == [0, 6]
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_is_said_by_all(runs: Path) -> None:
+    first, second = (outcome(runs, "infinite", rank) for rank in range(RANKS))
+    assert ["on rank 0 (though the losses here are finite)" in text for text in first["said"]] == [True]
+    assert ["on rank 1 (the loss of batch 1)" in text for text in second["said"]] == [True]

@@ -11,7 +11,6 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 
 from lightning_accel import ExactResume, GradientAccumulation
@@ -29,6 +28,7 @@ from tests.accumulation.text import (
     joined,
     loader,
     make_batches,
+    one_cycle,
     ours,
     sgd,
     up_to,
@@ -61,12 +61,6 @@ def test_up_to_a_number_of_samples_where_the_loader_has_no_batch_size() -> None:
 def sentences(batch_size: int, count: int = 12) -> Any:
     """A loader that collates sentences itself, and so has a batch size."""
     return DataLoader(make_batches([1] * count), batch_size=batch_size, collate_fn=joined)  # type: ignore[arg-type]
-
-
-def one_cycle(module: Text) -> Any:
-    optimizer = sgd(module)
-    total = int(module.trainer.estimated_stepping_batches)
-    return [optimizer], [{"scheduler": OneCycleLR(optimizer, max_lr=0.5, total_steps=total), "interval": "step"}]
 
 
 @pytest.mark.parametrize(("batch_size", "ends"), [(1, [6, 12]), (2, [3, 6]), (3, [2, 4]), (6, [1, 2])])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_accel import GradientAccumulation
@@ -63,6 +64,12 @@ def sgd(module: nn.Module) -> torch.optim.Optimizer:
 
 def adamw(module: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(module.parameters(), lr=0.05, weight_decay=0.1)
+
+
+def one_cycle(module: Any) -> Any:
+    optimizer = sgd(module)
+    total = int(module.trainer.estimated_stepping_batches)
+    return [optimizer], [{"scheduler": OneCycleLR(optimizer, max_lr=0.5, total_steps=total), "interval": "step"}]
 
 
 class Text(LightningModule):
