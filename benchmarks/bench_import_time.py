@@ -15,9 +15,8 @@ from _timing import compare, environment, table
 
 SIDES = {
     "`import lightning.pytorch`": "import lightning.pytorch",
-    "`import lightning_accel`": "import lightning_accel",
-    "both": "import lightning.pytorch, lightning_accel",
-    "both, and every public name": "import lightning.pytorch; from lightning_accel import *",
+    "`import lightning_accel`, which imports Lightning": "import lightning_accel",
+    "and every public name": "from lightning_accel import *",
 }
 OPTIONAL = ("bitsandbytes", "deepspeed", "kornia", "onnx", "optuna", "peft", "ray", "sklearn", "torchao")
 

@@ -1,4 +1,4 @@
-"""The command ``lightning-accel``. What a command needs is imported when it runs: torch takes seconds."""
+"""The command ``lightning-accel``. What a command needs beyond the package is imported when it runs."""
 
 from __future__ import annotations
 
