@@ -9,14 +9,16 @@ import copy
 import importlib
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightning.pytorch import Callback
 
-__all__ = ["METHODS", "STACKS", "Method", "build", "use"]
+__all__ = ["METHODS", "STACKS", "STRATEGY_NAMES", "Method", "build", "use"]
 
 Spec = dict[str, Any]
+STRATEGY_NAMES = ("zero1", "zero2", "zero3", "fsdp2")
+"""ZeROStrategy at its stages, and FullyShardStrategy."""
 
 
 def use(name: str, **init_args: Any) -> Spec:
@@ -61,6 +63,11 @@ class Method:
     """How far two ranks' weights may be from one's at the same global batch; ``None`` where they need not agree."""
     not_single: str = ""
     """Why they need not agree."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """The strategies of :data:`STRATEGY_NAMES` that it refuses, and the regular expression of each refusal.
+
+    Under all others it gives the numbers of DDP, and keeps the resume law and the neutral law.
+    """
     bad: tuple[tuple[dict[str, Any], type[Exception], str], ...] = ()
     """Arguments that its class must refuse: the exception, and the name of the argument that it blames."""
 
@@ -82,6 +89,15 @@ def with_keys(spec: Spec, keys: tuple[str, str] | None) -> Spec:
 
 MANUAL_ACCUMULATION = "GradientAccumulation can't work with manual optimization.*set `automatic_optimization = True`"
 TRAINER_ACCUMULATION = "remove `accumulate_grad_batches` from the Trainer"
+
+NO_BLOCKS = {
+    **dict.fromkeys(("zero1", "zero2", "zero3"), "LowBitOptimizer can't work with ZeROStrategy: its flat partitions"),
+    "fsdp2": "LowBitOptimizer can't work with FullyShardStrategy: .* 8-bit blocks",
+}
+NO_RANKING = {
+    "zero3": "GradualPruning can't work with ZeROStrategy at stage 3: it shards the weights.*Stages 1 and 2 work too",
+    "fsdp2": "GradualPruning can't work with FullyShardStrategy: it shards the weights",
+}
 
 FLIP = use("augment.RandomHorizontalFlip")
 CROP = use("augment.RandomCrop", size=8, padding=1)
@@ -107,12 +123,26 @@ METHODS = [
             ({"factor": {}}, ValueError, "factor"),
             ({"factor": {"2 moons": 2}}, ValueError, "factor"),
             ({"factor": {0: -1}}, ValueError, "factor[0]"),
+            ({"target_batch_size": 0}, ValueError, "target_batch_size"),
+            ({"factor": 2, "target_batch_size": 8}, ValueError, "target_batch_size"),
+            ({"unit": "words"}, ValueError, "unit"),
+            ({"weight_by": "words"}, ValueError, "weight_by"),
+            ({"weight_by": "tokens"}, ValueError, "count_key"),
+            ({"count_key": 1.5}, TypeError, "count_key"),
+            ({"ignore_index": 0.5}, TypeError, "ignore_index"),
         ),
     ),
     Method(
         "GradientAccumulation schedule",
         [use("GradientAccumulation", factor={0: 2, "0.5fit": 4})],
         neutral=[use("GradientAccumulation", factor={0: 1, "0.5fit": 1})],
+        manual=MANUAL_ACCUMULATION,
+        accumulation=TRAINER_ACCUMULATION,
+    ),
+    Method(
+        "GradientAccumulation tokens",
+        [use("GradientAccumulation", target_batch_size=16, weight_by="tokens", count_key=1)],
+        neutral=[use("GradientAccumulation", factor=1, ignore_index=0)],
         manual=MANUAL_ACCUMULATION,
         accumulation=TRAINER_ACCUMULATION,
     ),
@@ -152,6 +182,7 @@ METHODS = [
     Method(
         "LowBitOptimizer",
         [LOW_BIT],
+        refused=NO_BLOCKS,
         neutral=[use("LowBitOptimizer", min_size=1_000_000)],
         neutral_warning="LowBitOptimizer has no effect",
         bad=(
@@ -168,6 +199,7 @@ METHODS = [
         "LowBitOptimizer bitsandbytes",
         [use("LowBitOptimizer", backend="bitsandbytes", min_size=256)],
         single=1e-4,  # a last bit decides how a value that lies between two codes is rounded
+        refused=NO_BLOCKS,
         neutral=[use("LowBitOptimizer", backend="bitsandbytes", min_size=1_000_000)],
         neutral_warning="LowBitOptimizer has no effect",
     ),
@@ -180,6 +212,7 @@ METHODS = [
     Method(
         "GradualPruning global",
         [PRUNING],
+        refused=NO_RANKING,
         neutral=[use("GradualPruning", amount=0.0)],
         bad=(
             ({"amount": 1.3}, ValueError, "amount"),
@@ -196,7 +229,23 @@ METHODS = [
     Method(
         "GradualPruning layer",
         [{**PRUNING, "init_args": {**PRUNING["init_args"], "scope": "layer"}}],
+        refused=NO_RANKING,
         neutral=[use("GradualPruning", amount=0.0, scope="layer")],
+    ),
+    Method(
+        "EMA",
+        [use("EMA", decay=0.9, every="2step", start="0.1fit")],
+        neutral=[use("EMA", decay=0.0)],
+        silent="it trains nothing otherwise: it changes what is evaluated, and what is left in the end",
+        bad=(
+            ({"decay": 1.5}, ValueError, "decay"),
+            ({"decay": "slow"}, TypeError, "decay"),
+            ({"every": 0}, ValueError, "every"),
+            ({"start": "soon"}, ValueError, "start"),
+            ({"warmup": 1}, TypeError, "warmup"),
+            ({"keep": "both"}, ValueError, "keep"),
+            ({"device": "moon"}, ValueError, "device"),
+        ),
     ),
     Method(
         "ExactResume",
@@ -225,6 +274,7 @@ STACKS = [
         accumulation=TRAINER_ACCUMULATION,
     ),
     Method("GradualPruning + LowBitOptimizer", [PRUNING, LOW_BIT]),
+    Method("EMA + GradualPruning", [use("EMA", decay=0.9), PRUNING]),
     Method(
         "BatchAugmentation + LabelSmoothing + GradientAccumulation",
         [AUGMENTATION, SMOOTHING, ACCUMULATION],

@@ -155,6 +155,13 @@ class AccelCallback(Callback):
         optimizers.
         """
 
+    def constrain(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Hold other values of the module's parameters, in place, to what this method holds the parameters to.
+
+        Args:
+            weights: By name, such as averages of them.
+        """
+
     def patch(self, owner: Any, name: str, call: Callable[..., Any]) -> None:
         """Replace the method ``name`` on the instance ``owner`` until the fit is over.
 

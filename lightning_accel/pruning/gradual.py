@@ -9,7 +9,7 @@ The functions are in :mod:`lightning_accel.pruning.masks`; the callback decides 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -218,6 +218,12 @@ class GradualPruning(AccelCallback):
             from rich import print as rich_print
 
             rich_print(report_table(self.report(), f"{type(self).__name__}: sparsity {sparsity:.4f}"))
+
+    def constrain(self, weights: Mapping[str, Tensor]) -> None:
+        """Zero what is pruned."""
+        masks = dict(zip(self._weights, self._masks, strict=False))
+        pairs = [(weight, masks[name]) for name, weight in weights.items() if name in masks]
+        apply_masks_([weight for weight, _ in pairs], [mask.to(weight) for weight, mask in pairs])
 
     def state_dict(self) -> dict[str, Any]:
         """The masks, in one bit a weight, and where the schedule is."""
