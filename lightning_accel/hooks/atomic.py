@@ -2,8 +2,8 @@
 
 While it is written, the checkpoint ``last.ckpt`` lies in the hidden folder ``.last.ckpt.XXXXXXXX.partial`` beside it,
 which its writer holds a lock on. A writer that was killed leaves the folder behind without the lock; the next save to
-the same parent removes it. A finished directory has a manifest, which names each file with its size and checksum, so
-that a file that was truncated, changed or lost later is seen.
+the same parent removes it. So it is with one that is being removed. A finished directory has a manifest, which names
+each file with its size and checksum, so that a file that was truncated, changed or lost later is seen.
 
 The checksum (CRC-32) finds damage, not malice: who can change a file can change the manifest too.
 """
@@ -20,23 +20,29 @@ import time
 import uuid
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 __all__ = [
     "MANIFEST",
+    "MARK",
     "CheckpointError",
     "PartialCheckpoint",
+    "check_manifest",
     "checksum",
+    "damage_error",
     "find_damage",
     "is_complete",
     "read_manifest",
+    "remove_checkpoint",
     "remove_leftovers",
     "write_beside",
 ]
 
 MANIFEST = "manifest.json"
+MARK = "lightning_accel_manifest"
+"""A key in what was saved into a directory, which says that the directory was given a manifest."""
 _YOUNG = 10.0  # seconds: a folder is made first and locked a moment later
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _AT_FDCWD = -100  # fcntl.h
@@ -59,7 +65,7 @@ class PartialCheckpoint:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent)
-        self.folder = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
+        self.folder = _hidden(path)
         self.folder.mkdir()
         self._lock = _lock(self.folder)
 
@@ -99,7 +105,7 @@ class PartialCheckpoint:
             # A directory that has files can't be renamed over. Where the two can change places, no moment is without
             # a checkpoint at `path`.
             if os.path.lexists(self.path) and not _exchange(source, self.path):
-                old = self.path.parent / f".{self.path.name}.{uuid.uuid4().hex[:8]}.partial"
+                old = _hidden(self.path)
                 os.rename(self.path, old)
                 os.rename(source, self.path)
                 _remove(old)
@@ -171,7 +177,7 @@ def read_manifest(path: Path) -> dict[str, dict[str, int]] | None:
         loaded: Any = json.loads(manifest.read_text())
         return {str(name): {"bytes": int(e["bytes"]), "crc32": int(e["crc32"])} for name, e in loaded["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{manifest} is damaged ({error}). Use another checkpoint.") from error
+        raise CheckpointError(f"{manifest} is damaged ({error}).") from error
 
 
 def find_damage(path: Path, *, read: bool = True, part: int = 0, parts: int = 1) -> list[str]:
@@ -199,6 +205,28 @@ def find_damage(path: Path, *, read: bool = True, part: int = 0, parts: int = 1)
     return found
 
 
+def damage_error(path: Path, found: Iterable[str]) -> CheckpointError:
+    """The error of a damaged checkpoint: what :func:`find_damage` found, each once, and what to do."""
+    return CheckpointError(
+        f"{path} is damaged. {' '.join(dict.fromkeys(found))} Copy it again from where it is whole, or use another "
+        "checkpoint."
+    )
+
+
+def check_manifest(path: Path, content: Mapping[str, Any]) -> None:
+    """Refuse a directory that has lost its manifest, so that nobody knows whether its files are whole.
+
+    Args:
+        path: The directory.
+        content: What was saved into it, with :data:`MARK` if there was a manifest.
+
+    Raises:
+        CheckpointError: If it is gone.
+    """
+    if content.get(MARK) and not (path / MANIFEST).is_file():
+        raise damage_error(path, [f"{path / MANIFEST} is missing, by which the other files are checked."])
+
+
 def checksum(file: Path) -> int:
     """Return the CRC-32 of a file's content."""
     value = 0
@@ -206,6 +234,15 @@ def checksum(file: Path) -> int:
         while block := stream.read(1 << 22):
             value = zlib.crc32(block, value)
     return value
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint, a directory or a file; one that is killed meanwhile leaves no half of it at ``path``."""
+    if path.is_dir() and not path.is_symlink():
+        hidden = _hidden(path)
+        os.rename(path, hidden)
+        path = hidden
+    _remove(path)
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
@@ -219,6 +256,10 @@ def remove_leftovers(folder: Path) -> list[Path]:
             os.close(lock)
             removed.append(leftover)
     return removed
+
+
+def _hidden(path: Path) -> Path:
+    return path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
 
 
 def _lock(folder: Path) -> int | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_accel.hooks.atomic import CheckpointError, find_damage, write_beside
-from lightning_accel.strategies.zero_shards import ZeroShards, is_zero_checkpoint, load_without_trust
+from lightning_accel.hooks.atomic import (
+    MARK,
+    CheckpointError,
+    check_manifest,
+    damage_error,
+    find_damage,
+    write_beside,
+)
+from lightning_accel.strategies.zero_shards import ZeroShards, is_zero_checkpoint, load_without_trust, say_kind
 
 __all__ = ["FORMATS", "Consolidated", "consolidate_checkpoint"]
 
@@ -101,9 +109,11 @@ def consolidate_checkpoint(path: Path, out: Path, *, overwrite: bool = False, op
     if not path.exists():
         raise CheckpointError(f"{path} does not exist.")
     if damage := find_damage(path):
-        raise CheckpointError(f"{' '.join(damage)} Use another checkpoint.")
+        raise damage_error(path, damage)
     plain_weights = out.suffix == ".safetensors"
     source = _open(path, optimizer and not plain_weights)
+    check_manifest(path, source.tree)
+    source.tree.pop(MARK, None)
     weights = source.tree["state_dict"]
     with write_beside(out) as file:
         if plain_weights:
@@ -119,10 +129,7 @@ def _open(path: Path, optimizer: bool) -> _Source:
     if (path / ".metadata").is_file():
         return _open_distributed(path, optimizer)
     if path.is_dir():
-        raise CheckpointError(
-            f"{path} is not a checkpoint: it has neither the files of DeepSpeed nor those of torch's distributed "
-            "checkpoint. Give the directory that ModelCheckpoint wrote, not one above or inside it."
-        )
+        raise CheckpointError(f"{path} is a directory, but not a checkpoint. {say_kind(path)}")
     tree = load_without_trust(path)
     if not isinstance(tree, dict) or "state_dict" not in tree:
         raise CheckpointError(f"{path} is not a Lightning checkpoint: it has no `state_dict`.")
@@ -173,20 +180,29 @@ def _zero_optimizer(shards: ZeroShards) -> dict[str, Any]:
             elementwise, scalars = shards.state_keys(name)
             dtypes = {key: shards.piece(name, 0, 1, key).dtype for key in elementwise}
             laters = {key: Later((name, key), shards.shapes[name], dtype) for key, dtype in dtypes.items()}
-            state[number] = {**scalars, **laters}
+            # Each its own: ZeRO counts the steps of a whole group in one tensor, an optimizer would add to it for each
+            own = {key: value.clone() if isinstance(value, Tensor) else value for key, value in scalars.items()}
+            state[number] = {**own, **laters}
     return {"state": {number: entries for number, entries in state.items() if entries}, "param_groups": groups}
 
 
 def _open_distributed(path: Path, optimizer: bool) -> _Source:
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-    from torch.distributed.checkpoint.state_dict_loader import load
+    from torch.distributed.checkpoint.state_dict_loader import load as load_with_ranks
+
+    from lightning_accel.strategies.sharded_state import empty_groups
+
+    def load(holder: dict[str, Any]) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should be
+            load_with_ranks(holder, checkpoint_id=path, no_dist=True)
 
     entries = FileSystemReader(path).read_metadata().state_dict_metadata
 
     def read(key: str) -> Any:
         holder: dict[str, Any] = {key: None}
-        load(holder, checkpoint_id=path, no_dist=True)
+        load(holder)
         return holder[key]
 
     def entry(key: str) -> Any:
@@ -195,25 +211,13 @@ def _open_distributed(path: Path, optimizer: bool) -> _Source:
             return Later(key, found.size, found.properties.dtype)
         return read(key)
 
-    prefix = "state_dict."
-    meta = path / "meta.pt"
-    tree: dict[str, Any] = dict(load_without_trust(meta)) if meta.is_file() else {}
-    tree["state_dict"] = {key.removeprefix(prefix): entry(key) for key in entries if key.startswith(prefix)}
-    if not tree["state_dict"]:
-        raise CheckpointError(f"{path} has no weights under `state_dict`, where Lightning puts them.")
-    tree["optimizer_states"] = []
-    notes = []
-    number = 0
-    while optimizer and any(key.startswith(f"optimizer_{number}.") for key in entries):
-        root = f"optimizer_{number}"
-        if f"{root}.param_groups" not in entries:
-            notes.append("The optimizer's state was left out: it is not in the format of FullyShardStrategy.")
-            tree["optimizer_states"] = []
-            break
-        groups, count, numbers = [], 0, {}
-        for group in read(f"{root}.param_groups"):
-            ids = {name: count + index for index, name in enumerate(group["params"])}
-            count += len(ids)
+    def plain_optimizer(root: str) -> dict[str, Any]:
+        holder: dict[str, Any] = {root: {"param_groups": empty_groups(entries, f"{root}.param_groups")}}
+        load(holder)
+        groups: list[dict[str, Any]] = []
+        numbers: dict[str, int] = {}
+        for group in holder[root]["param_groups"]:
+            ids = {name: len(numbers) + index for index, name in enumerate(group["params"])}
             numbers.update(ids)
             groups.append({**group, "params": list(ids.values())})
         state: dict[int, dict[str, Any]] = {}
@@ -221,11 +225,33 @@ def _open_distributed(path: Path, optimizer: bool) -> _Source:
             if key.startswith(f"{root}.state."):
                 name, _, what = key.removeprefix(f"{root}.state.").rpartition(".")
                 state.setdefault(numbers[name], {})[what] = entry(key)
-        tree["optimizer_states"].append({"state": state, "param_groups": groups})
-        number += 1
+        return {"state": state, "param_groups": groups}
+
+    prefix = "state_dict."
+    meta = path / "meta.pt"
+    tree: dict[str, Any] = dict(load_without_trust(meta)) if meta.is_file() else {}
+    tree["state_dict"] = {key.removeprefix(prefix): entry(key) for key in entries if key.startswith(prefix)}
+    if isinstance(mark := tree.get(MARK), Mapping):  # the same again, not an equal one
+        tree["state_dict"].update(
+            {alias: tree["state_dict"][name] for alias, name in mark["tied"].items() if alias in tree["state_dict"]}
+        )
+    if not tree["state_dict"]:
+        raise CheckpointError(f"{path} has no weights under `state_dict`, where Lightning puts them.")
+    tree["optimizer_states"], notes = [], []
+    count = len({key.partition(".")[0] for key in entries if key.startswith("optimizer_")}) if optimizer else 0
+    try:
+        tree["optimizer_states"] = [plain_optimizer(f"optimizer_{number}") for number in range(count)]
+    except KeyError as error:
+        notes.append(f"The optimizer's state was left out: it is of {error}, which is in no parameter group.")
 
     def fill(places: list[tuple[Any, Tensor]]) -> None:
-        load(dict(places), checkpoint_id=path, no_dist=True)
+        first: dict[Any, Tensor] = {}
+        for key, place in places:
+            first.setdefault(key, place)
+        load(first)
+        for key, place in places:  # tied weights in a file that can't share them
+            if place is not first[key]:
+                place.copy_(first[key])
 
     return _Source("torch.distributed checkpoint", tree, fill, notes)
 

@@ -15,8 +15,18 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
-from lightning_accel.hooks.atomic import CheckpointError, PartialCheckpoint, find_damage, write_beside
+from lightning_accel.hooks.atomic import (
+    MARK,
+    CheckpointError,
+    PartialCheckpoint,
+    check_manifest,
+    damage_error,
+    find_damage,
+    remove_checkpoint,
+    write_beside,
+)
 from lightning_accel.strategies import sharded_state, sharding
+from lightning_accel.strategies.zero_shards import say_kind
 
 __all__ = ["FullyShardCheckpoints"]
 
@@ -112,7 +122,8 @@ class FullyShardCheckpoints(ModelParallelStrategy):
             return str(begun[0].folder)
 
         def end() -> None:
-            torch.save(checkpoint, begun[0].folder / _META)
+            mark = {"tied": sharded_state.tied_names(self._module)}
+            torch.save({**checkpoint, MARK: mark}, begun[0].folder / _META)
             begun[0].publish()
 
         try:
@@ -122,6 +133,11 @@ class FullyShardCheckpoints(ModelParallelStrategy):
             for unfinished in begun:
                 unfinished.discard()
             raise
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Remove a checkpoint, at once for whoever looks for one."""
+        if self.is_global_zero:
+            remove_checkpoint(Path(filepath))
 
     def _save_file(self, checkpoint: dict[str, Any], path: Path) -> None:
         with write_beside(path) as file:
@@ -148,16 +164,22 @@ class FullyShardCheckpoints(ModelParallelStrategy):
         """
         path = Path(self.broadcast(str(checkpoint_path)))
         self._directory = None
+        seen: list[Any] = [None] * self.world_size
+        damage = find_damage(path, part=self.global_rank, parts=self.world_size)
+        dist.all_gather_object(seen, (path.exists(), damage))
+        if blind := [str(rank) for rank, (exists, _) in enumerate(seen) if not exists]:
+            raise CheckpointError(f"{path} does not exist on rank {', '.join(blind)}. Every rank must see it.")
+        if any(damage for _, damage in seen):
+            raise damage_error(path, [sentence for _, damage in seen for sentence in damage])
         if not path.is_dir():
             return super(ModelParallelStrategy, self).load_checkpoint(path, weights_only=weights_only)
-        damage: list[Any] = [None] * self.world_size
-        dist.all_gather_object(damage, find_damage(path, part=self.global_rank, parts=self.world_size))
         if not (path / _META).is_file():
-            damage[0] = [f"{path} has no {_META}: it is not a checkpoint of FullyShardStrategy, or half of one."]
-        if found := [sentence for sentences in damage for sentence in sentences]:
-            raise CheckpointError(" ".join(found) + " Use another checkpoint.")
-        self._directory = path
+            raise CheckpointError(
+                f"{path} is a directory without {_META}: it is none of FullyShardStrategy. {say_kind(path)}"
+            )
         checkpoint: dict[str, Any] = torch.load(path / _META, map_location="cpu", weights_only=weights_only)
+        check_manifest(path, checkpoint)
+        self._directory = path
         if sharded_state.saved_optimizers(path):
             checkpoint["optimizer_states"] = []  # Lightning looks for them, and then asks for them by the method below
         return checkpoint

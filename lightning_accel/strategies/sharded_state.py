@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
 __all__ = [
+    "empty_groups",
     "gather",
     "load_optimizer",
     "load_weights",
@@ -27,6 +28,7 @@ __all__ = [
     "shard_like",
     "shard_optimizer_state",
     "shard_state_dict",
+    "tied_names",
 ]
 
 
@@ -96,6 +98,15 @@ def name_optimizer_state(state_dict: Mapping[str, Any], optimizer: Optimizer, mo
     }
 
 
+def tied_names(module: nn.Module) -> dict[str, str]:
+    """The further names of parameters that have several, with the first one of each."""
+    first: dict[nn.Parameter, str] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        first.setdefault(parameter, name)
+    every = module.named_parameters(remove_duplicate=False)
+    return {name: first[parameter] for name, parameter in every if first[parameter] != name}
+
+
 def _saved_entries(path: Path) -> dict[str, Any]:
     entries: dict[str, Any] = FileSystemReader(path).read_metadata().state_dict_metadata
     return entries
@@ -131,7 +142,7 @@ def load_weights(path: Path, module: nn.Module, strict: bool = True) -> None:
     module.load_state_dict(state["state_dict"], strict=False)
 
 
-def _empty_groups(entries: Mapping[str, Any], key: str) -> Any:
+def empty_groups(entries: Mapping[str, Any], key: str) -> Any:
     """Where to load ``param_groups`` into: they were saved as one object, or (torch >= 2.8) each option by itself."""
     if key in entries:
         return None
@@ -152,7 +163,7 @@ def load_optimizer(path: Path, number: int, optimizer: Optimizer, module: nn.Mod
     entries = _saved_entries(path)
     names = {parameter: name for name, parameter in module.named_parameters()}
     root = f"optimizer_{number}"
-    groups = _empty_groups(entries, f"{root}.param_groups")
+    groups = empty_groups(entries, f"{root}.param_groups")
     if groups == []:
         raise RuntimeError(f"{path} has no state of optimizer {number}: it was saved with fewer optimizers.")
     by_owner: dict[str, list[str]] = {}

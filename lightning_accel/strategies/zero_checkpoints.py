@@ -20,17 +20,28 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_accel.hooks.atomic import CheckpointError, PartialCheckpoint, checksum, find_damage, write_beside
+from lightning_accel.hooks.atomic import (
+    MARK,
+    CheckpointError,
+    PartialCheckpoint,
+    check_manifest,
+    checksum,
+    damage_error,
+    find_damage,
+    remove_checkpoint,
+    write_beside,
+)
 from lightning_accel.strategies.zero_restore import (
     OptimizerSource,
     PlainOptimizer,
     check_names,
     group_names,
+    ids_on_disk,
     restore_optimizer,
     restore_weights,
     shape_of,
 )
-from lightning_accel.strategies.zero_shards import ZeroShards, is_zero_checkpoint, load_without_trust
+from lightning_accel.strategies.zero_shards import ZeroShards, is_zero_checkpoint, load_without_trust, say_kind
 
 __all__ = ["ZeROCheckpoints"]
 
@@ -65,11 +76,12 @@ class ZeROCheckpoints(DeepSpeedStrategy):
         if isinstance(engine, LightningModule) or not hasattr(engine.optimizer, "state_dict"):
             self._save_weights(checkpoint, path)
             return
-        if engine.zero_optimization_partition_gradients() and getattr(engine, "_unmanaged_backward_count", 0):
+        gradients_saved = getattr(self.precision_plugin, "gradients_saved", False)
+        if getattr(engine, "_unmanaged_backward_count", 0) and not gradients_saved:
             rank_zero_warn(
-                f"{path} is saved in the middle of an accumulation window, and the gradients that stages 2 and 3 have "
-                "split are not in it: a run that goes on from it is not exactly this one. Save after an optimizer step "
-                "(ModelCheckpoint(every_n_train_steps=...)), or use stage 1."
+                f"{path} is saved in the middle of an accumulation window, without its partial gradients: a run that "
+                "goes on from it is not exactly this one. Add ExactResume to the callbacks, and they are saved too; or "
+                "save after an optimizer step (ModelCheckpoint(every_n_train_steps=...))."
             )
         partial: PartialCheckpoint | None = None
         with _on_every_rank(self, f"The checkpoint {path} could not be written") as failed:
@@ -80,7 +92,8 @@ class ZeROCheckpoints(DeepSpeedStrategy):
         folder = Path(self.broadcast(str(partial.folder) if partial else ""))
         try:
             engine.checkpoint_engine = writer
-            client_state = {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")}
+            client_state = {k: v for k, v in checkpoint.items() if k not in _HEAVY}
+            client_state[MARK] = {"on disk": ids_on_disk(engine)}
             try:
                 engine.save_checkpoint(str(folder), tag="checkpoint", client_state=client_state)
             finally:
@@ -96,6 +109,11 @@ class ZeROCheckpoints(DeepSpeedStrategy):
             if partial:
                 partial.discard()
             raise
+
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        """Remove a checkpoint, at once for whoever looks for one."""
+        if self.is_global_zero:
+            remove_checkpoint(Path(filepath))
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Nothing for Lightning's checkpoint: the engine saves it."""
@@ -131,8 +149,9 @@ class ZeROCheckpoints(DeepSpeedStrategy):
             CheckpointError: On every rank, if it is damaged, half-written or none; the message names the file.
         """
         path = self._source_path = Path(checkpoint_path)
-        with _on_every_rank(self, f"{path} can't be loaded") as failed:
-            failed.errors += find_damage(path, part=self.global_rank, parts=self.world_size)
+        found = self._gather(find_damage(path, part=self.global_rank, parts=self.world_size))
+        if any(found):
+            raise damage_error(path, [sentence for sentences in found for sentence in sentences])
         with _on_every_rank(self, f"{path} can't be loaded") as failed, failed.catch():
             self._source = self._open(path)
         if isinstance(self._source, ZeroShards):
@@ -195,14 +214,11 @@ class ZeROCheckpoints(DeepSpeedStrategy):
 
     def _open(self, path: Path) -> ZeroShards | dict[str, Any]:
         if is_zero_checkpoint(path):
-            return ZeroShards(path)
+            shards = ZeroShards(path)
+            check_manifest(path, shards.model)
+            return shards
         if path.is_dir():
-            hint = ""
-            if (path / ".metadata").is_file():
-                hint = (
-                    " It is one of torch.distributed.checkpoint: `lightning-accel consolidate` makes a plain one of it."
-                )
-            raise CheckpointError(f"{path} is a directory, but no ZeRO checkpoint.{hint}")
+            raise CheckpointError(f"{path} is a directory, but no ZeRO checkpoint. {say_kind(path)}")
         if not path.is_file():
             raise CheckpointError(f"{path} does not exist (every rank must see it).")
         loaded = load_without_trust(path)
@@ -264,6 +280,8 @@ def _on_every_rank(ranks: ZeROCheckpoints, what: str) -> Iterator[_Failed]:
     yield failed
     reports = ranks._gather(failed.errors)
     if any(reports):
+        if all(report == reports[0] for report in reports):
+            raise CheckpointError(" ".join([f"{what}.", *reports[0]]))
         lines = [f"rank {rank}: {error}" for rank, errors in enumerate(reports) for error in errors]
         raise CheckpointError(f"{what}. {' '.join(lines)}")
 

@@ -8,8 +8,8 @@ writes a second copy of the checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lightning_accel.hooks.atomic import CheckpointError
 from lightning_accel.strategies.zero_shards import LazyStateDict
 
-__all__ = ["OptimizerSource", "PlainOptimizer", "check_names", "restore_optimizer", "restore_weights"]
+__all__ = ["OptimizerSource", "PlainOptimizer", "check_names", "ids_on_disk", "restore_optimizer", "restore_weights"]
 
 
 class OptimizerSource(Protocol):
@@ -86,6 +86,7 @@ class PlainOptimizer:
 class _Flat:
     """A flat partition of this rank, and which part of which parameter lies where in it."""
 
+    index: int
     group: int
     master: Tensor
     parts: list[tuple[str, int, int, int]]  # name, offset in the partition, start in the parameter, number of elements
@@ -103,7 +104,7 @@ def _flats(engine: Any) -> list[_Flat]:
                 numel = min(size, parameter.ds_numel - start)
                 parts.append((engine.param_names[parameter], offset, start, numel))
             group = optimizer.sub_group_to_group_id[index]
-            found.append(_Flat(group, optimizer.fp32_partitioned_groups_flat[index], parts))
+            found.append(_Flat(index, group, optimizer.fp32_partitioned_groups_flat[index], parts))
         return found
     for group, parameters in enumerate(optimizer.bit16_groups):
         parts = []
@@ -111,7 +112,7 @@ def _flats(engine: Any) -> list[_Flat]:
             if (at := parameter._hp_mapping) is not None:  # else it lies on other ranks
                 here, there = at.hp_fragment_address, at.lp_fragment_address
                 parts.append((engine.param_names[parameter], here.start, there.start, there.numel))
-        found.append(_Flat(group, optimizer.single_partition_of_fp32_groups[group], parts))
+        found.append(_Flat(group, group, optimizer.single_partition_of_fp32_groups[group], parts))
     return found
 
 
@@ -177,9 +178,11 @@ def restore_weights(engine: Any, module: nn.Module, weights: Mapping[str, Any], 
         }
         with _whole_optimizer(engine):
             for flat in _flats(engine):
-                for name, offset, start, numel in flat.parts:
-                    if name in weights and numel:
-                        flat.master.data[offset : offset + numel].copy_(_piece(weights, name, start, numel))
+                with _in_memory(engine, flat):
+                    for name, offset, start, numel in flat.parts:
+                        if name in weights and numel:
+                            flat.master.data[offset : offset + numel].copy_(_piece(weights, name, start, numel))
+                    _update_parameters(engine, flat)
         own |= aliases
     _load_layers(module, weights, own, engine)
 
@@ -211,10 +214,15 @@ def restore_optimizer(engine: Any, source: OptimizerSource) -> list[str]:
     states: dict[int, dict[str, Any]] = {}
     groups = [{**options, "params": []} for options, _ in source.groups]
     for index, flat in enumerate(flats):
-        states[index] = _flat_state(flat, source, known, names[flat.group])
+        if not _on_disk(engine, flat):
+            states[index] = _flat_state(flat, source, known, names[flat.group])
         groups[flat.group]["params"].append(index)
     with _base_groups(engine):
         base.load_state_dict({"state": states, "param_groups": groups})
+    for flat in flats:
+        if _on_disk(engine, flat):
+            with _in_memory(engine, flat):
+                base.state[flat.master] = _flat_state(flat, source, known, names[flat.group])
     if not engine.zero_optimization_partition_weights():
         engine.optimizer._link_all_hp_params()
     return lacking
@@ -236,8 +244,46 @@ def _flat_state(flat: _Flat, source: OptimizerSource, known: set[str], members: 
     return state
 
 
+def ids_on_disk(engine: Any) -> list[str]:
+    """What DeepSpeed names the files of the partitions by, where the optimizer's state is on NVMe."""
+    if not engine.zero_nvme_offload_optimizer():
+        return []
+    return [flat.ds_id for flat in engine.optimizer.fp32_partitioned_groups_flat]
+
+
+def _on_disk(engine: Any, flat: _Flat) -> bool:
+    on_disk: bool = engine.zero_nvme_offload_optimizer() and engine.optimizer._swappable_optimizer_subgroup(flat.index)
+    return on_disk
+
+
+@contextmanager
+def _in_memory(engine: Any, flat: _Flat) -> Iterator[None]:
+    """A partition and its state that live on NVMe are in memory for a while, and then written back."""
+    if not _on_disk(engine, flat):
+        yield
+        return
+    swapper = engine.optimizer.optimizer_swapper
+    swapper.swap_in_optimizer_state(parameter=flat.master)
+    yield
+    swapper.swap_out_optimizer_state(parameter=flat.master)
+
+
+def _update_parameters(engine: Any, flat: _Flat) -> None:
+    """Give the split parameters of stage 3 their values from the fp32 copies."""
+    if not engine.zero_optimization_partition_weights():
+        return
+    optimizer = engine.optimizer
+    low, parameters = optimizer.fp16_partitioned_groups_flat[flat.index], optimizer.fp16_partitioned_groups[flat.index]
+    if low is None:  # on NVMe
+        optimizer._partitioned_params_swap_out(flat.index)
+        return
+    low.data.copy_(flat.master.data)
+    for parameter, value in zip(parameters, optimizer.unflatten(low, parameters), strict=True):
+        parameter.data = value.data
+
+
 class _whole_optimizer(AbstractContextManager[None]):
-    """While the fp32 partitions are filled; afterwards the parameters that the model computes with get their values."""
+    """While the fp32 partitions are filled; afterwards whole parameters have their values too."""
 
     def __init__(self, engine: Any) -> None:
         self.engine, self.optimizer = engine, engine.optimizer
@@ -251,15 +297,6 @@ class _whole_optimizer(AbstractContextManager[None]):
         if not self.engine.zero_optimization_partition_weights():
             optimizer.update_lp_params()
             return
-        for master, flat, parameters in zip(
-            optimizer.fp32_partitioned_groups_flat,
-            optimizer.fp16_partitioned_groups_flat,
-            optimizer.fp16_partitioned_groups,
-            strict=True,
-        ):
-            flat.data.copy_(master.data)
-            for parameter, value in zip(parameters, optimizer.unflatten(flat, parameters), strict=True):
-                parameter.data = value.data
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
         optimizer.checkpoint_event_epilogue()

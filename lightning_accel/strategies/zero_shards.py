@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from lightning_accel.errors import require
-from lightning_accel.hooks.atomic import CheckpointError
+from lightning_accel.hooks.atomic import MARK, CheckpointError
 
-__all__ = ["LazyStateDict", "ZeroShards", "is_zero_checkpoint", "load_without_trust"]
+__all__ = ["LazyStateDict", "ZeroShards", "is_zero_checkpoint", "load_without_trust", "say_kind"]
 
 # What DeepSpeed puts beside the caller's own entries into the file of rank 0
 _ENGINE_KEYS = {
@@ -46,6 +46,20 @@ class _Fragment:
 def is_zero_checkpoint(path: Path) -> bool:
     """Whether a directory was written by a DeepSpeed engine."""
     return _folder(path) is not None
+
+
+def say_kind(path: Path) -> str:
+    """For an error: what a directory is that is not what it should be, and what to do with it."""
+    if is_zero_checkpoint(path):
+        kind = "ZeRO"
+    elif (path / ".metadata").is_file():
+        kind = "FullyShardStrategy, or of torch.distributed"
+    else:
+        return "Give the directory that ModelCheckpoint wrote, not one above or inside it."
+    return (
+        f"It is one of {kind}: make a plain file of it, which any strategy goes on from, with `lightning-accel "
+        f"consolidate {path} OUT.ckpt`."
+    )
 
 
 def load_without_trust(file: Path, known: Sequence[type] = ()) -> Any:
@@ -109,6 +123,7 @@ class ZeroShards:
         if self.stage == 3:
             self._masters = [shard["fp32_flat_groups"] for shard in shards]
             self._optimizers = [shard["optimizer_state_dict"] for shard in shards]
+            self._map_what_was_on_disk()
             self._index_stage_3()
         else:
             self._masters = [shard["single_partition_of_fp32_groups"] for shard in shards]
@@ -139,6 +154,26 @@ class ZeroShards:
                     before = self._fragments[name]
                     start = before[-1].start + before[-1].numel if before else 0
                     before.append(_Fragment(rank, flat, place.start, start, place.numel))
+
+    def _map_what_was_on_disk(self) -> None:
+        """Of an optimizer on NVMe DeepSpeed saves its files, a raw one for each partition and each state of it."""
+        ids = (self.model.get(MARK) or {}).get("on disk", [])
+        for rank, (masters, optimizer) in enumerate(zip(self._masters, self._optimizers, strict=True)):
+            for flat, group in enumerate(self.model["param_shapes"]):
+                size = sum(-(-torch.Size(shape).numel() // self.world_size) for shape in group.values())
+                if masters[flat].numel() or not size:
+                    continue
+                if not ids:
+                    raise CheckpointError(
+                        f"{self.folder} was saved by DeepSpeed itself from an optimizer on NVMe: go on with DeepSpeed, "
+                        "and save with ZeROStrategy."
+                    )
+                folder = self.folder / "offloaded_tensors" / f"rank{rank:02d}"
+                masters[flat] = _raw(folder / f"{ids[flat]}.tensor.swp", size)
+                state = optimizer["state"].get(flat, {})
+                for key, value in state.items():
+                    if isinstance(value, Tensor) and not value.numel():
+                        state[key] = _raw(folder / f"{key}-{ids[flat]}.tensor.swp", size)
 
     def _index_stage_3(self) -> None:
         # Each parameter is cut into equal parts, the last one padded.
@@ -288,6 +323,13 @@ def _folder(path: Path) -> Path | None:
     tag = latest.read_text().strip() if latest.is_file() else "checkpoint"
     folder = path / tag
     return folder if any(folder.glob("*mp_rank_*_model_states.pt")) else None
+
+
+def _raw(file: Path, size: int) -> Tensor:
+    """A file of fp32 numbers and nothing else, mapped into memory."""
+    if not file.is_file() or file.stat().st_size < 4 * size:
+        raise CheckpointError(f"{file} is missing, or too short. Use another checkpoint.")
+    return torch.from_file(str(file), shared=False, size=size, dtype=torch.float32)
 
 
 def _load(file: Path) -> Any:

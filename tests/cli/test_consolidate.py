@@ -60,7 +60,7 @@ def test_a_full_disk_leaves_nothing(
     ("arguments", "status", "message"),
     [
         (["absent", "a.ckpt"], 1, "does not exist"),
-        (["empty", "a.ckpt"], 1, "is not a checkpoint"),
+        (["empty", "a.ckpt"], 1, "but not a checkpoint"),
         (["words.ckpt", "a.ckpt"], 1, "can't be read"),
         (["plain.ckpt", "a.bin"], 2, "end in .ckpt or .safetensors"),
         (["empty", "empty/a.ckpt"], 2, "outside of the checkpoint"),

@@ -12,12 +12,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+from lightning_accel.strategies.fully_shard import FullyShardStrategy
+from lightning_accel.strategies.sharded_state import gather
 from lightning_accel.strategies.zero import ZeROStrategy
-from tests.strategies.launch import serve
 from tests.strategies.zero_scenarios import gathered
 
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
-GLOBAL_BATCH, STEPS = 6, 4  # samples in a step of all ranks; steps in an epoch
+GLOBAL_BATCH, STEPS = 12, 4  # samples in a step of all ranks; steps in an epoch
 
 
 def points() -> TensorDataset:
@@ -87,7 +88,8 @@ class Recorder(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with gathered(pl_module):
-            self.weights = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
+            self.weights = gather(pl_module.state_dict(), torch.device("cpu"), keep=True)
+            self.weights = {name: value.clone() for name, value in self.weights.items()}
 
     def state_dict(self) -> dict[str, Any]:
         return {"batches": self.batches}
@@ -96,17 +98,31 @@ class Recorder(Callback):
         self.batches = state_dict["batches"]
 
 
-def strategy(stage: int | str) -> Any:
-    if isinstance(stage, str):
-        return stage
+KINDS = ("1", "2", "3", "fsdp2")  # and variants: "2o" offloads, "3b" is bf16-true, "3m" bf16-mixed
+PRECISION = {"b": "bf16-true", "m": "bf16-mixed"}
+
+
+def strategy(kind: str) -> Any:
+    if kind == "ddp":
+        return kind
+    offload = kind.endswith("o")
+    if kind.startswith("fsdp2"):
+        return FullyShardStrategy(offload=offload)
+    stage: Any = int(kind[0])
     # small models are not split by default
     config = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else None
-    return ZeROStrategy(stage=stage, config=config)
+    return ZeROStrategy(
+        stage=stage,
+        config=config,
+        offload_optimizer="cpu" if offload else "none",
+        offload_parameters="cpu" if offload and stage == 3 else "none",
+    )
 
 
-def make_trainer(stage: int | str, *callbacks: Callback, **options: Any) -> Trainer:
+def make_trainer(kind: str, *callbacks: Callback, **options: Any) -> Trainer:
     return Trainer(
-        strategy=strategy(stage),
+        strategy=strategy(kind),
+        precision=PRECISION.get(kind[-1], "32-true"),  # type: ignore[arg-type]
         accelerator="cpu",
         devices=WORLD,
         logger=False,
@@ -114,6 +130,7 @@ def make_trainer(stage: int | str, *callbacks: Callback, **options: Any) -> Trai
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,  # Lightning's would shuffle
+        num_sanity_val_steps=0,
         callbacks=list(callbacks),
         **{"max_epochs": 2, **options},
     )
@@ -127,14 +144,14 @@ def loader() -> DataLoader[Any]:
 
 
 def fit(
-    stage: int | str, optimizer: str, *, save: Path | None = None, resume: Path | None = None, **options: Any
+    kind: str, optimizer: str, *, save: Path | None = None, resume: Path | None = None, **options: Any
 ) -> dict[str, Any]:
     """Train two epochs, and save at each one's end, or go on from what was saved."""
     seed_everything(1 if resume is None else 99, verbose=False)
     recorder = Recorder()
     keep = [] if save is None else [ModelCheckpoint(save.parent, filename=save.name, save_top_k=-1)]
     callbacks = [recorder, *keep, *options.pop("callbacks", [])]
-    trainer = make_trainer(stage, *callbacks, **options)
+    trainer = make_trainer(kind, *callbacks, **options)
     trainer.fit(Net(optimizer), loader(), ckpt_path=resume)
     return {
         "losses": torch.stack(recorder.losses),
@@ -145,17 +162,17 @@ def fit(
     }
 
 
-def saved(folder: Path, stage: int | str, optimizer: str, ranks: int = 2) -> Path:
-    return folder.parent / "saved" / f"{stage}-{optimizer}-{ranks}.ckpt"
+def saved(folder: Path, kind: str, optimizer: str, ranks: int = 2) -> Path:
+    return folder.parent / "saved" / f"{kind}-{optimizer}-{ranks}.ckpt"
 
 
-def whole(stage: int | str, optimizer: str) -> Any:
+def whole(kind: str, optimizer: str) -> Any:
     """Two epochs; what was there after the first is kept for the others."""
 
     def scenario(folder: Path) -> Any:
-        path = saved(folder, stage, optimizer, WORLD)
+        path = saved(folder, kind, optimizer, WORLD)
         keep = ModelCheckpoint(path.parent, filename=f"{path.stem}-{{epoch}}", save_top_k=-1)
-        result = fit(stage, optimizer, callbacks=[keep])
+        result = fit(kind, optimizer, callbacks=[keep])
         if int(os.environ["RANK"]) == 0:
             (path.parent / f"{path.stem}-epoch=0.ckpt").rename(path)
         return result
@@ -163,20 +180,11 @@ def whole(stage: int | str, optimizer: str) -> Any:
     return scenario
 
 
-def resumed(stage: int | str, optimizer: str, source: int | str, ranks: int) -> Any:
-    return lambda folder: fit(stage, optimizer, resume=saved(folder, source, optimizer, ranks))
+def resumed(kind: str, optimizer: str, source: str, ranks: str) -> Any:
+    return lambda folder: fit(kind, optimizer, resume=saved(folder, source, optimizer, int(ranks)))
 
 
-SCENARIOS: dict[str, Any] = {
-    **{f"whole-{stage}-{kind}": whole(stage, kind) for stage in (1, 2, 3, "ddp") for kind in ("adamw", "sgd", "plain")},
-    **{
-        f"resumed-{stage}-{kind}-from-{source}-{ranks}": resumed(stage, kind, source, ranks)
-        for stage in (1, 2, 3, "ddp")
-        for kind in ("adamw", "sgd", "plain")
-        for source in (1, 2, 3, "ddp")
-        for ranks in (1, 2)
-    },
-}
-
-if __name__ == "__main__":
-    serve(SCENARIOS)
+def find(name: str) -> Any:
+    """The scenario ``whole-KIND-OPTIMIZER``, or ``resumed-KIND-OPTIMIZER-from-KIND-RANKS``."""
+    what, kind, optimizer, *rest = name.split("-")
+    return whole(kind, optimizer) if what == "whole" else resumed(kind, optimizer, *rest[1:])
