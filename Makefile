@@ -64,6 +64,10 @@ test: $(EDITABLE)  ## every test
 quick: $(EDITABLE)  ## the tests that are not marked slow, in under 3 minutes
 	$(BIN)/pytest $(PYTEST_JOBS) -m "not slow"
 
+.PHONY: test-ops
+test-ops: $(EDITABLE)  ## the tests of ops that DeepSpeed compiles: five minutes each the first time; needs g++ and libaio-dev
+	TORCH_EXTENSIONS_DIR=$(abspath $(VENV))/torch_extensions $(BIN)/pytest -m ops tests/ops
+
 .PHONY: lint
 lint: $(EDITABLE)  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -260,6 +260,8 @@ class ZeROStrategy(ZeROCheckpoints):
             else:
                 super(DeepSpeedStrategy, self).setup_optimizers(module.trainer)
                 optimizer = only_one(self.optimizers)
+                # Lightning's wrapper shares `__del__`, which in DeepSpeedCPUAdam destroys what its step needs
+                self._wrapped = self._lightning_optimizers
             if self.lr_scheduler_configs and "scheduler" in self.config:
                 raise MisconfigurationException(
                     "`config['scheduler']` and `configure_optimizers` both bring a scheduler: remove one of them."

@@ -47,6 +47,7 @@ CLOSE = [  # sums in another order, or clipping by a norm summed in another orde
     "branches",
     "branches_offload",
     "fused",
+    "kernel",
 ]
 OTHERS = ["evaluation", "trained_later", "infinite", "second_trainer", "refused"]
 

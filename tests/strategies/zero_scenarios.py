@@ -314,6 +314,21 @@ class Lion(torch.optim.Optimizer):
         return loss
 
 
+class Kernel(torch.optim.AdamW):
+    """One that owns something outside of Python, which its end destroys, as DeepSpeedCPUAdam does."""
+
+    def __init__(self, *args: Any, **arguments: Any) -> None:
+        super().__init__(*args, **arguments)
+        self.alive = [True]
+
+    def __del__(self) -> None:
+        self.alive[0] = False
+
+    def step(self, closure: Any = None) -> Any:
+        assert self.alive[0], "destroyed before its end"
+        return super().step(closure)
+
+
 def sgd(module: nn.Module) -> Any:
     return torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
 
@@ -567,6 +582,7 @@ SCENARIOS: dict[str, Callable[[Path], Any]] = {
     "offload": compare(lambda: Toy(adamw), strategy_options={"offload_optimizer": "cpu"}),
     "pruning": compare(lambda: Toy(adamw), lambda: [GradualPruning(0.5, 2, 12, 2)], names=("ddp", "1", "2")),
     "pruning_lion": compare(lambda: Toy(lion), lambda: [GradualPruning(0.5, 2, 12, 2)], names=("ddp", "1", "2")),
+    "kernel": compare(lambda: Toy(lambda module: Kernel(module.parameters(), lr=0.05)), names=("ddp", "1")),
     "fused": compare(lambda: Tied(adamw), lambda: [FusedOptimizer()]),
     "unknown_length": compare(lambda: Toy(sgd), lambda: [GradientAccumulation(3)], data=Stream, gradient_clip_val=0.3),
     "evaluation": evaluation,
