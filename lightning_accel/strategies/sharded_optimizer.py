@@ -279,6 +279,16 @@ def _check_can_be_split(optimizer: Optimizer) -> None:
         raise MisconfigurationException(
             f"{name} can't be split: it steps along a line through all parameters at once. {_WAY_OUT}"
         )
+    extra = [
+        key
+        for key, value in optimizer.state_dict().items()
+        if key not in ("state", "param_groups") and not isinstance(value, (int, float, str, type(None)))
+    ]
+    if extra:  # of a wrapper such as Lookahead
+        raise MisconfigurationException(
+            f"{name} can't be split: what it saves as {', '.join(map(repr, extra))} can't be gathered from the ranks. "
+            f"{_WAY_OUT}"
+        )
     for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
         if isinstance(parameter, DTensor) or parameter.is_sparse or parameter.is_meta:
             kind = "split already" if isinstance(parameter, DTensor) else "sparse" if parameter.is_sparse else "meta"

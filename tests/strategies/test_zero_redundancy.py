@@ -166,6 +166,20 @@ def test_parameters_that_cannot_be_sent_are_refused(kind: str) -> None:
         ShardedOptimizer(optimizer)
 
 
+def test_a_wrapper_with_a_state_beside_is_refused() -> None:
+    """Which would be that of rank 0 alone in a checkpoint."""
+    optimizer = Lookahead([torch.nn.Parameter(torch.zeros(3))], lr=0.1)
+    with pytest.raises(
+        Exception, match=rf"Lookahead can't be split: what it saves as 'slow' can't .* {WAY_OUT}"
+    ):
+        ShardedOptimizer(optimizer)
+
+
+class Lookahead(torch.optim.SGD):
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "slow": {0: torch.zeros(3)}, "every": 5}
+
+
 def test_accel_zero1_with_deepspeed_is_zero_strategy() -> None:
     pytest.importorskip("deepspeed")
     strategy = zero1(trained_later=["head"])
