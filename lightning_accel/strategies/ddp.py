@@ -6,7 +6,6 @@ of the dead ones; see :mod:`lightning_accel.strategies.process_group`.
 
 from __future__ import annotations
 
-import math
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 
-from lightning_accel.errors import check_number
 from lightning_accel.hooks.atomic import write_beside
 from lightning_accel.strategies.process_group import (
     DEFAULT_START_TIMEOUT,
     DEFAULT_TIMEOUT,
+    check_timeouts,
     explain_lost_peer,
     init_process_group,
 )
@@ -62,8 +61,7 @@ class RestartableDDPStrategy(DDPStrategy):
     ) -> None:
         if isinstance(timeout, timedelta):  # as Lightning's strategies have it
             timeout = timeout.total_seconds()
-        self._seconds = check_number("timeout", timeout, 0, math.inf, open_low=True, open_high=True)
-        self._start_seconds = check_number("start_timeout", start_timeout, 0, math.inf, open_low=True, open_high=True)
+        self._timeouts = check_timeouts(timeout, start_timeout)
         super().__init__(timeout=timedelta(seconds=timeout), **kwargs)
 
     @property
@@ -84,8 +82,7 @@ class RestartableDDPStrategy(DDPStrategy):
         init_process_group(
             self.cluster_environment,
             self._get_process_group_backend(),
-            timeout=self._seconds,
-            start_timeout=self._start_seconds,
+            **self._timeouts,
             device_id=self.root_device if self.root_device.type != "cpu" else None,
         )
         super().setup_distributed()

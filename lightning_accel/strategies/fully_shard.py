@@ -27,10 +27,15 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from lightning_accel.errors import NoEffectWarning, check_choice, check_int, check_number
+from lightning_accel.errors import NoEffectWarning, check_choice, check_int
 from lightning_accel.strategies import sharding
 from lightning_accel.strategies.fully_shard_checkpoints import FullyShardCheckpoints
-from lightning_accel.strategies.process_group import explain_lost_peer, init_process_group
+from lightning_accel.strategies.process_group import (
+    apply_timeout,
+    check_timeouts,
+    explain_lost_peer,
+    init_process_group,
+)
 from lightning_accel.strategies.wrapping import check_blocks, choose_blocks
 
 __all__ = ["FullyShardStrategy"]
@@ -57,6 +62,7 @@ class FullyShardStrategy(FullyShardCheckpoints):
             that any number of ranks resumes from. ``False``: one file, as of DDP, made on rank 0.
         process_group_backend: ``None``: gloo on the CPU, nccl on CUDA.
         timeout: How long a collective waits for the other ranks, in seconds.
+        start_timeout: How long ranks wait for one another at the start, in seconds.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -79,6 +85,7 @@ class FullyShardStrategy(FullyShardCheckpoints):
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
         timeout: float = 1800.0,
+        start_timeout: float = 300.0,
     ) -> None:
         self.blocks = check_blocks(blocks)
         self.reshard_after_forward = check_choice("reshard_after_forward", reshard_after_forward, (True, False))
@@ -86,7 +93,7 @@ class FullyShardStrategy(FullyShardCheckpoints):
         self.param_dtype = check_choice("param_dtype", param_dtype, (None, "bfloat16"))
         self.reduce_dtype = check_choice("reduce_dtype", reduce_dtype, (None, "float32", "bfloat16"))
         self.replicas = check_int("replicas", replicas, minimum=1)
-        self._seconds = check_number("timeout", timeout, 0, float("inf"), open_low=True, open_high=True)
+        self._timeouts = check_timeouts(timeout, start_timeout)
         self._in_manual_step = False
         self._order: sharding.CallOrder | None = None  # while ranks predict different numbers of batches
         self._batches_left: float = 0
@@ -94,7 +101,7 @@ class FullyShardStrategy(FullyShardCheckpoints):
         super().__init__(
             save_distributed_checkpoint=save_distributed_checkpoint,
             process_group_backend=process_group_backend,
-            timeout=timedelta(seconds=self._seconds),
+            timeout=timedelta(seconds=timeout),
         )
 
     # --------------------------------------------------------------------------------------------------- starting
@@ -119,7 +126,7 @@ class FullyShardStrategy(FullyShardCheckpoints):
         init_process_group(
             self.cluster_environment,
             backend,
-            timeout=self._seconds,
+            **self._timeouts,
             device_id=None if on_cpu else self.root_device,
         )
         if self.world_size % self.replicas:
@@ -132,6 +139,7 @@ class FullyShardStrategy(FullyShardCheckpoints):
         else:
             shape = (self.replicas, self.world_size // self.replicas)
             self._device_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replicate", "shard"))
+        apply_timeout()
 
     def setup(self, trainer: Trainer) -> None:
         """Shard the module, load the weights that wait, and make the optimizers."""

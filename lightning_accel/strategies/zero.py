@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_accel.errors import check_patterns, require
-from lightning_accel.strategies.process_group import check_timeouts, explain_lost_peer, init_process_group
+from lightning_accel.strategies import process_group
 from lightning_accel.strategies.zero_checkpoints import ZeROCheckpoints
 from lightning_accel.strategies.zero_checks import check_build_locks, check_device, check_same_module, only_one
 from lightning_accel.strategies.zero_config import (
@@ -129,7 +129,7 @@ class ZeROStrategy(ZeROCheckpoints):
             config=read_config(config),
         )
         self._trained_later = check_patterns("trained_later", trained_later or [])
-        self._timeouts = check_timeouts(timeout, start_timeout)
+        self._timeouts = process_group.check_timeouts(timeout, start_timeout)
         require("deepspeed", "deepspeed", "ZeROStrategy")
         super().__init__(
             accelerator=accelerator,
@@ -215,7 +215,7 @@ class ZeROStrategy(ZeROCheckpoints):
     def _init_process_group(self) -> None:
         """Make the process group that DeepSpeed then finds: one that a restarted run can join."""
         assert self.cluster_environment is not None
-        init_process_group(
+        process_group.init_process_group(
             self.cluster_environment,
             self._get_process_group_backend(),
             **self._timeouts,
@@ -231,6 +231,7 @@ class ZeROStrategy(ZeROCheckpoints):
         """Make the engine around the module."""
         self._failed = False
         super().setup(trainer)
+        process_group.apply_timeout()
 
     def init_deepspeed(self) -> None:
         """Make the engine for training, or for evaluation."""
@@ -370,7 +371,7 @@ class ZeROStrategy(ZeROCheckpoints):
     def on_exception(self, exception: BaseException) -> None:
         """Say which rank is gone, where that is the cause."""
         self._failed = True
-        explain_lost_peer(exception)
+        process_group.explain_lost_peer(exception)
         super().on_exception(exception)
 
     def teardown(self) -> None:
