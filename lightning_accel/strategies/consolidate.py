@@ -115,11 +115,17 @@ def consolidate_checkpoint(path: Path, out: Path, *, overwrite: bool = False, op
     check_manifest(path, source.tree)
     source.tree.pop(MARK, None)
     weights = source.tree["state_dict"]
-    with write_beside(out) as file:
-        if plain_weights:
-            _write_safetensors(file, source)
-        else:
-            _write_ckpt(file, source)
+    try:
+        with write_beside(out) as file:
+            if plain_weights:
+                _write_safetensors(file, source)
+            else:
+                _write_ckpt(file, source)
+    except CheckpointError:
+        raise
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter where the disk is full
+        reason = str(error).split("\n", 1)[0]
+        raise OSError(f"{out} could not be written, and nothing of it is left: {reason}") from error
     return Consolidated(source.kind, len(weights), out.stat().st_size, source.notes)
 
 

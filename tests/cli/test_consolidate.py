@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 
 from lightning_accel.cli.main import main
-from lightning_accel.strategies import consolidate
 
 
 @pytest.fixture
@@ -44,15 +44,20 @@ def test_nothing_is_overwritten_unless_told(plain: Path, tmp_path: Path, capsys:
     assert torch.load(out, weights_only=True)["epoch"] == 2
 
 
-def test_a_full_disk_leaves_nothing(
-    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(consolidate, "_reserve", full)
-    assert main(["consolidate", str(plain), str(tmp_path / "a.ckpt")]) == 1
-    assert "No space left" in capsys.readouterr().err
+@pytest.mark.parametrize("out", ["a.ckpt", "a.safetensors"])
+@pytest.mark.parametrize("room", [50, 30_000])
+def test_a_full_disk_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], out: str, room: int) -> None:
+    """Without room for the names, and with it but without room for the numbers."""
+    plain = tmp_path / "plain.ckpt"
+    torch.save({"state_dict": {"w": torch.zeros(10_000)}}, plain)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+        status = main(["consolidate", str(plain), str(tmp_path / out)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert status == 1
+    assert f"{tmp_path / out} could not be written, and nothing of it is left: " in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["plain.ckpt"]
 
 
