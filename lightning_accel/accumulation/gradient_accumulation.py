@@ -146,6 +146,7 @@ class GradientAccumulation(AccumulationWindow):
 
     def _fresh(self) -> None:
         self._factor: int | None = None  # the one that follows from the target; None where batches are counted
+        self._agreed = False  # whether all ranks have the same
         self._filled = 0.0  # what the batches of this window have, over all ranks; where batches are counted
         self._taken = 1  # how many they are
         self._said: set[int] = set()  # the sizes of a step of one batch about which something was said
@@ -170,8 +171,9 @@ class GradientAccumulation(AccumulationWindow):
 
     def look_at(self, trainer: Trainer, *, agree: bool) -> None:
         """Let the factor follow from the batch size and the number of ranks."""
-        if self._target is None or self._unit == "tokens":
+        if self._target is None or self._unit == "tokens" or (self._agreed and not agree):
             return
+        self._agreed = agree
         batch = samples_of_a_batch(trainer, agree=agree)
         factor = None if batch is None else nearest_factor(self._target, batch)
         if batch is not None and batch > self._target:
@@ -245,10 +247,11 @@ class GradientAccumulation(AccumulationWindow):
 
     def state_dict(self) -> dict[str, Any]:
         """Where the present window began, its length, and what is in it."""
-        return super().state_dict() | ({"filled": self._filled, "taken": self._taken} if self._target else {})
+        own = {"factor": self._factor, "filled": self._filled, "taken": self._taken}
+        return super().state_dict() | (own if self._target else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the window that the checkpoint was taken in."""
         super().load_state_dict(state_dict)
         if self._target:
-            self._filled, self._taken = state_dict["filled"], state_dict["taken"]
+            self._factor, self._filled, self._taken = (state_dict[name] for name in ("factor", "filled", "taken"))

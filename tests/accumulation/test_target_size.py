@@ -124,22 +124,25 @@ def test_the_number_of_steps_is_unknown_or_that_of_the_trainer_where_tokens_are_
     assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == trainer.global_step == 4
 
 
+class Noted(Text):
+    """Logs the number of the batch, from 1."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.log("batch", float(self.trainer.fit_loop.total_batch_idx + 1))
+        return super().training_step(batch, batch_idx)
+
+
 @pytest.mark.parametrize(
     ("callback", "ends"), [(GradientAccumulation({0: 1, "3step": 2}), [1, 2, 3, 4, 6, 8]), (up_to(15), None)]
 )
 def test_metrics_are_logged_every_n_steps_whatever_a_window_takes(callback: Callback, ends: list[int] | None) -> None:
-    class Module(Text):
-        def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-            self.log("batch", float(self.trainer.fit_loop.total_batch_idx + 1))
-            return super().training_step(batch, batch_idx)
-
     class Log(DummyLogger):
         def log_metrics(self, metrics: Any, *args: Any, step: int, **kwargs: Any) -> None:
             logged.append((step, int(metrics["batch"])))
 
     logged: list[tuple[int, int]] = []
     steps = Steps()
-    fit(Module(), callback, steps, data=loader(BATCHES[:4]), max_epochs=2, logger=Log(), log_every_n_steps=2)
+    fit(Noted(), callback, steps, data=loader(BATCHES[:4]), max_epochs=2, logger=Log(), log_every_n_steps=2)
     assert ends is None or steps.ends == ends
     assert logged == [(number - 1, steps.ends[number - 1]) for number in range(2, len(steps.ends) + 1, 2)]
 
@@ -167,6 +170,31 @@ def test_exact_resume_inside_a_window(tmp_path: Path, make: Any, on: int) -> Non
     assert torch.equal(weights(whole), weights(resumed))
     assert second.ends == [end for end in first.ends if end > on + 1]
     assert all(torch.equal(a, b) for a, b in zip(reversed(first.gradients), reversed(second.gradients), strict=False))
+
+
+@pytest.mark.parametrize("on", [1, 2, 3, 7])
+@pytest.mark.parametrize(
+    ("make", "data"),
+    [
+        (lambda: up_to(15), lambda: loader(BATCHES)),
+        (lambda: GradientAccumulation(target_batch_size=6), lambda: sentences(2)),
+        (lambda: by_tokens(2), lambda: loader(BATCHES)),
+    ],
+)
+def test_a_resumed_run_logs_at_the_same_steps(tmp_path: Path, make: Any, data: Any, on: int) -> None:
+    class Log(DummyLogger):
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps: list[tuple[int, int]] = []
+
+        def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+            self.steps.append((int(step or 0), int(metrics["batch"])))
+
+    whole, resumed, path = Log(), Log(), tmp_path / "a.ckpt"
+    options = {"data": data(), "max_epochs": 2, "log_every_n_steps": 1}
+    fit(Noted(), make(), ExactResume(), save_at("on_train_batch_end", path, on), logger=whole, **options)
+    fit(Noted(), make(), ExactResume(), logger=resumed, ckpt_path=path, **options)
+    assert resumed.steps == [(step, batch) for step, batch in whole.steps if batch > on + 1]
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
