@@ -55,8 +55,9 @@ class Averages:
         self.device = device
         self.values: dict[str, Tensor] = {}
         self._module = module
-        self._places = _find_places(module)
-        self._is_sharded = any(hasattr(value, "to_local") for value in module.state_dict(keep_vars=True).values())
+        state = module.state_dict(keep_vars=True)
+        self._places = _find_places(module, state)
+        self._is_sharded = any(hasattr(value, "to_local") for value in state.values())
         self._trained: dict[str, Tensor] | None = None
 
     @property
@@ -139,15 +140,13 @@ class Averages:
         return {name: getattr(owner, key) for name, (owner, key) in self._places.items()}
 
 
-def _find_places(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+def _find_places(module: nn.Module, state: Mapping[str, Any]) -> dict[str, tuple[nn.Module, str]]:
     """Where each parameter and persistent buffer is: its module and its name there; a shared one by its first name."""
+    buffers = (name for name, _ in module.named_buffers() if name in state)
     places = {}
-    for kind in (module.named_parameters(), module.named_buffers()):
-        for name, _ in kind:
-            path, _, key = name.rpartition(".")
-            owner = module.get_submodule(path)
-            if key not in owner._non_persistent_buffers_set:
-                places[name.replace("_orig_mod.", "")] = (owner, key)
+    for name in (*(name for name, _ in module.named_parameters()), *buffers):
+        path, _, key = name.rpartition(".")
+        places[name.replace("_orig_mod.", "")] = (module.get_submodule(path), key)
     return places
 
 
