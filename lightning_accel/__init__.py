@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_accel.errors import NoEffectWarning
     from lightning_accel.optimizers.ema import EMA
     from lightning_accel.optimizers.fused import FusedOptimizer
+    from lightning_accel.optimizers.gradient_clipping import GradientClipping
     from lightning_accel.optimizers.low_bit import LowBitOptimizer
     from lightning_accel.pruning.gradual import GradualPruning
     from lightning_accel.schedules import Duration
@@ -35,6 +36,7 @@ __all__ = [
     "FullyShardStrategy",
     "FusedOptimizer",
     "GradientAccumulation",
+    "GradientClipping",
     "GradualPruning",
     "LabelSmoothing",
     "LowBitOptimizer",
@@ -53,6 +55,7 @@ _HOME = {
     "FullyShardStrategy": "strategies.fully_shard",
     "FusedOptimizer": "optimizers.fused",
     "GradientAccumulation": "accumulation.gradient_accumulation",
+    "GradientClipping": "optimizers.gradient_clipping",
     "GradualPruning": "pruning.gradual",
     "LabelSmoothing": "augment.label_smoothing",
     "LowBitOptimizer": "optimizers.low_bit",
