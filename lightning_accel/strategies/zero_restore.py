@@ -239,7 +239,8 @@ def _flat_state(flat: _Flat, source: OptimizerSource, known: set[str], members: 
         for key, value in scalars.items():
             state.setdefault(key, value.clone() if isinstance(value, Tensor) else value)
         for key in elementwise:
-            state.setdefault(key, torch.zeros_like(flat.master))
+            if key not in state:
+                state[key] = torch.zeros_like(flat.master)
             state[key][offset : offset + numel].copy_(source.piece(name, start, numel, key))
     return state
 
