@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_accel.errors import NoEffectWarning, check_choice, check_int, check_patterns, matches_any, require
@@ -25,14 +26,17 @@ __all__ = ["LowBitOptimizer", "choose_backend"]
 
 _SHARDED = (
     "it splits and gathers the optimizer's state by the shape of the parameters, which 8-bit blocks do not have. Use "
-    "DDP, or leave LowBitOptimizer out: sharding already divides the memory of the state by the number of devices."
+    "strategy='accel_fsdp2' or 'accel_ddp', or leave LowBitOptimizer out."
 )
+_NO_KERNELS = "bitsandbytes has no kernels for sharded parameters"
 
 
 def choose_backend(optimizer: Optimizer) -> tuple[str, str]:
     """The backend that suits an optimizer, and why."""
     if reason := bitsandbytes_refusal(optimizer):
         return "generic", reason
+    if _is_sharded(optimizer):
+        return "generic", _NO_KERNELS
     if any(group.get("fused") for group in optimizer.param_groups):
         return "generic", "it keeps the fused step, which bitsandbytes does not have"
     devices = {parameter.device.type for group in optimizer.param_groups for parameter in group["params"]}
@@ -85,6 +89,7 @@ class LowBitOptimizer(OptimizerTransform):
             "hold, and its checkpoints are split by element, which 8-bit blocks are not. Use `strategy='ddp'`, or "
             "leave LowBitOptimizer out.",
         },
+        accepts=frozenset({"FullyShardStrategy"}),
     )
 
     def __init__(
@@ -169,7 +174,15 @@ class LowBitOptimizer(OptimizerTransform):
                     f"LowBitOptimizer(backend='bitsandbytes') would change the maths of {type(optimizer).__name__}: "
                     f"{reason}. Use backend='generic', which keeps it."
                 )
+            if _is_sharded(optimizer):
+                raise MisconfigurationException(
+                    f"LowBitOptimizer(backend='bitsandbytes') can't work here: {_NO_KERNELS}. Use backend='generic'."
+                )
         return self.backend, "as asked for"
+
+
+def _is_sharded(optimizer: Optimizer) -> bool:
+    return any(isinstance(parameter, DTensor) for group in optimizer.param_groups for parameter in group["params"])
 
 
 def warn_without_moments(message: str) -> None:

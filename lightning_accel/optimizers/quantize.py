@@ -37,7 +37,7 @@ _CPU_CHUNK = 2**16  # elements at a time, so that the intermediate results stay 
 
 @torch.no_grad()
 def quantize_blockwise(
-    tensor: Tensor, signed: bool, step: int = 0, out: tuple[Tensor, Tensor] | None = None
+    tensor: Tensor, signed: bool, step: int | None = 0, out: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Encode a floating-point tensor in one byte an element.
 
@@ -46,6 +46,7 @@ def quantize_blockwise(
         signed: Whether it may be negative. An unsigned code has twice the exponents and never turns a positive value
             into zero.
         step: Selects how values between two codes are rounded; over consecutive steps they average to the value.
+            ``None`` rounds to the nearest, which gives decoded values the codes that they came from.
         out: Codes and scales of an earlier call to overwrite, where they fit.
 
     Returns:
@@ -115,8 +116,10 @@ def _alike(old: Tensor, new: Tensor) -> bool:
 
 
 @functools.lru_cache(maxsize=4)
-def _rounding(step: int, device: torch.device) -> Tensor:
+def _rounding(step: int | None, device: torch.device) -> Tensor:
     """For each position in a block, how far the bits of a value are raised before the lowest are cut off."""
+    if step is None:
+        return torch.full((BLOCK,), 2 ** (_SHIFT - 1), dtype=torch.int32, device=device)
     position = torch.arange(BLOCK, dtype=torch.float64)
     # multiples of two irrational numbers: evenly spread over [0, 1), along the block and along the steps
     fraction = (position * 0.6180339887498949 + step * 0.4142135623730951) % 1.0

@@ -5,7 +5,9 @@ point, stepped and encoded again, so that only those few exist at full size. The
 subclass of its own class, and everything that refers to it stays valid (schedulers, hooks, parameter groups).
 
 In ``optimizer.state[parameter]`` a quantised moment is ``{"codes": int8 or uint8, "scales": floating point}`` under the
-name that the optimizer gave it, see :mod:`lightning_accel.optimizers.quantize`; everything else is as it was.
+name that the optimizer gave it, see :mod:`lightning_accel.optimizers.quantize`; everything else is as it was. Of a
+sharded parameter (a DTensor) each rank keeps the codes of its part, whose blocks are its own; so a state dict has those
+moments decoded, sharded like the parameter.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
 from lightning_accel.errors import NoEffectWarning, check_int
@@ -230,6 +233,16 @@ class QuantizedState(Optimizer):
         finally:
             _encode(self, parameters, self.low_bit, held)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state, with the moments of sharded parameters decoded: their codes fit no other number of ranks."""
+        result: dict[str, Any] = super().state_dict()
+        state, parameters = dict(result["state"]), _loaded_parameters(self, result)
+        for index, parameter in parameters.items():
+            if isinstance(parameter, DTensor) and index in state:
+                moments = quantized_moments(state[index])
+                state[index] = {**state[index], **{name: _value(parameter, **m) for name, m in moments.items()}}
+        return {**result, "state": state}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this optimizer bit for bit, or convert one with 32-bit moments."""
         if any(isinstance(entries, dict) and bitsandbytes_parts(entries) for entries in state_dict["state"].values()):
@@ -248,9 +261,15 @@ class QuantizedState(Optimizer):
             parameter = parameters[index]
             for name, moment in moments.items():
                 kept = {key: value.to(parameter.device, copy=True) for key, value in moment.items()}
+                if isinstance(parameter, DTensor):  # saved where it was whole
+                    mesh, whole = parameter.device_mesh, dequantize_blockwise(**kept).to(parameter.dtype)
+                    spread = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+                    self.state[parameter][name] = spread.redistribute(mesh, parameter.placements)
+                    continue
                 same = self.low_bit.is_low_bit(parameter) and moment["scales"].dtype == parameter.dtype
                 self.state[parameter][name] = kept if same else dequantize_blockwise(**kept).to(parameter.dtype)
-        if converted := _encode(self, _parameters(self), self.low_bit):
+        converted = _encode(self, _parameters(self), self.low_bit, nearest=True)
+        if converted and not any(isinstance(parameter, DTensor) for parameter in parameters.values()):
             self.low_bit.say(f"Converted {converted} moments of a {type(self).__name__} checkpoint to 8 bits.")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -291,11 +310,26 @@ def _decode(optimizer: Optimizer, parameters: list[Tensor]) -> dict[tuple[Tensor
         state = optimizer.state.get(parameter, {})
         for name, moment in quantized_moments(state).items():
             held[parameter, name] = moment
-            value = dequantize_blockwise(**moment)
+            value = _value(parameter, **moment)
             if value.stride() != parameter.stride():  # loaded into a model with another memory layout
                 value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
             state[name] = value
     return held
+
+
+def _value(parameter: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """A decoded moment of a parameter; of a sharded one sharded like it."""
+    value = dequantize_blockwise(codes, scales)
+    if not isinstance(parameter, DTensor):
+        return value
+    return DTensor.from_local(
+        value,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
 
 
 def _encode(
@@ -303,6 +337,8 @@ def _encode(
     parameters: Collection[Tensor] | Iterator[Tensor],
     plan: LowBitPlan,
     held: Mapping[tuple[Tensor, str], dict[str, Tensor]] | None = None,
+    *,
+    nearest: bool = False,
 ) -> int:
     """Encode the moments of ``parameters`` that are not; return how many."""
     settings = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
@@ -320,7 +356,9 @@ def _encode(
                 continue  # its difference to the squared mean must not become negative
             old = (held or {}).get((parameter, name))
             out = (old["codes"], old["scales"]) if old else None
-            codes, scales = quantize_blockwise(value, signed, group.get("low_bit_step", 0), out)
+            local = value.to_local() if isinstance(value, DTensor) else value
+            step = None if nearest else group.get("low_bit_step", 0)
+            codes, scales = quantize_blockwise(local, signed, step, out)
             state[name] = {"codes": codes, "scales": scales}
             count += 1
     return count

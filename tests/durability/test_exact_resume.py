@@ -174,6 +174,18 @@ def test_a_checkpoint_taken_on_an_exception_between_batches(batch: int, tmp_path
     assert differences(plain, outcome(*resumed)) == []
 
 
+def test_gradients_of_another_strategy_are_left_out_and_said(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    fit([ExactResume(), StopAt(8, "on_train_batch_end", path)], loader, accumulate_grad_batches=2)
+    checkpoint = torch.load(path, weights_only=True)
+    (state,) = checkpoint["callbacks"][ExactResume().state_key]["ranks"]
+    assert state["gradients"]
+    state["gradients"] = {f"{name} (stage 2)": value for name, value in state["gradients"].items()}
+    torch.save(checkpoint, path)
+    with pytest.warns(UserWarning, match="gradients of an unfinished accumulation window that this strategy can't"):
+        fit([ExactResume()], loader, resume=path, accumulate_grad_batches=2)
+
+
 @pytest.mark.filterwarnings("ignore:.*ckpt_path")  # of OnExceptionCheckpoint: it looks for its file at each fit
 def test_a_checkpoint_taken_inside_a_batch_repeats_it_and_says_so(tmp_path: Path) -> None:
     _, plain = fit([], loader)

@@ -51,6 +51,19 @@ def test_decoded_values_encode_to_themselves_at_any_step(signed: bool) -> None:
 
 
 @pytest.mark.parametrize("signed", SIGNED)
+@pytest.mark.parametrize("factor", [1.0, 3.3e-12])
+def test_rounded_to_the_nearest_decoded_values_get_their_own_codes(signed: bool, factor: float) -> None:
+    value = torch.randn(256 * 256, generator=torch.Generator().manual_seed(0))
+    value = factor * value * value.abs() ** 5 if signed else factor * value.abs() ** 9
+    for step in range(4):
+        codes, scales = quantize_blockwise(value, signed, step)
+        again, scales_again = quantize_blockwise(dequantize_blockwise(codes, scales), signed, None)
+        assert torch.equal(codes, again) and torch.equal(scales, scales_again)
+    nearest = dequantize_blockwise(*quantize_blockwise(value, signed, None))
+    assert (nearest - value).abs().sum() < 0.8 * (dequantize_blockwise(codes, scales) - value).abs().sum()
+
+
+@pytest.mark.parametrize("signed", SIGNED)
 def test_rounding_averages_to_the_value_over_the_steps(signed: bool) -> None:
     value = sample(8 * BLOCK, signed=signed)
     value[::5] *= 1e-3

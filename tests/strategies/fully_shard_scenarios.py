@@ -182,7 +182,9 @@ def errors(folder: Path) -> dict[str, str]:
             lambda: fit(shards(), module=partial(Net, extra="batchnorm"), sync_batchnorm=True, num_sanity_val_steps=0)
         ),
         "param_dtype": message(lambda: fit(shards(param_dtype="bfloat16"))),
-        "LowBitOptimizer": message(lambda: fit(shards(), callbacks=lambda: [LowBitOptimizer()])),
+        "LowBitOptimizer": message(
+            lambda: fit(shards(), callbacks=lambda: [LowBitOptimizer(backend="bitsandbytes", min_size=64)])
+        ),
         "GradualPruning": message(lambda: fit(shards(), callbacks=lambda: [GradualPruning()])),
     }
     if RANK == 0:

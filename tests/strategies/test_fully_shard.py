@@ -89,7 +89,7 @@ ERRORS = {
     "16-mixed": "does not support `Fabric(..., precision='16-mixed')`. Choose a different precision among: 32",
     "sync_batchnorm": "ValueError: SyncBatchNorm expected input tensor to be on GPU",
     "param_dtype": "set precision='bf16-mixed'.",
-    "LowBitOptimizer": "MisconfigurationException: LowBitOptimizer can't work with FullyShardStrategy",
+    "LowBitOptimizer": "MisconfigurationException: LowBitOptimizer(backend='bitsandbytes') can't work here",
     "GradualPruning": "MisconfigurationException: GradualPruning can't work with FullyShardStrategy",
     "changed": "its checksum differs.",
     "truncated": "has 100 bytes, but",
