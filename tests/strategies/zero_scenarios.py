@@ -357,6 +357,12 @@ def frozen_groups(module: Any) -> Any:
     return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda s: 0.5**s, lambda s: 0.9**s])]
 
 
+def kernel(folder: Path) -> Any:
+    """An optimizer that must live as long as the engine, beside the same one under DDP without that."""
+    plain = compare(lambda: Toy(adamw), names=("ddp",))(folder)
+    return {**plain, **compare(lambda: Toy(lambda module: Kernel(module.parameters(), lr=0.05)), names=("1",))(folder)}
+
+
 def schedule(kind: str) -> Callable[[LightningModule], Any]:
     """SGD with a schedule, stepped as the conformance suite steps it."""
 
@@ -582,7 +588,7 @@ SCENARIOS: dict[str, Callable[[Path], Any]] = {
     "offload": compare(lambda: Toy(adamw), strategy_options={"offload_optimizer": "cpu"}),
     "pruning": compare(lambda: Toy(adamw), lambda: [GradualPruning(0.5, 2, 12, 2)], names=("ddp", "1", "2")),
     "pruning_lion": compare(lambda: Toy(lion), lambda: [GradualPruning(0.5, 2, 12, 2)], names=("ddp", "1", "2")),
-    "kernel": compare(lambda: Toy(lambda module: Kernel(module.parameters(), lr=0.05)), names=("ddp", "1")),
+    "kernel": kernel,
     "fused": compare(lambda: Tied(adamw), lambda: [FusedOptimizer()]),
     "unknown_length": compare(lambda: Toy(sgd), lambda: [GradientAccumulation(3)], data=Stream, gradient_clip_val=0.3),
     "evaluation": evaluation,
