@@ -114,6 +114,11 @@ class AccumulationWindow(AccelCallback):
                 f"{type(self).__name__} can't work with LBFGS, which evaluates a loss several times in a step, but "
                 "would see the window's last batch only: use batches of the full size, or another optimizer."
             )
+        if getattr(trainer.model, "zenflow", False):  # of a DeepSpeed engine
+            raise MisconfigurationException(
+                f"{type(self).__name__} can't work with ZenFlow, which has windows of its own (`update_interval`): "
+                "remove one of them."
+            )
         trainer.accumulate_grad_batches = self._length
         if not trainer.is_global_zero:
             self._weights.counted = torch.zeros_like(self._weights.counted)  # rank 0 has the sum over all

@@ -229,6 +229,13 @@ def test_lbfgs_is_refused() -> None:
     fit(Text(configure), GradientAccumulation(1), data=loader(BATCHES[:1]))
 
 
+def test_an_engine_with_windows_of_its_own_is_refused() -> None:
+    module = Text()
+    module.zenflow = True  # as a DeepSpeed engine has it
+    with pytest.raises(MisconfigurationException, match=r"can't work with ZenFlow, .*: remove one of them\."):
+        fit(module, GradientAccumulation(2), data=loader(BATCHES))
+
+
 @pytest.mark.parametrize(
     ("key", "has"),
     [
