@@ -24,8 +24,9 @@ _UNITS = {"B": 1} | {
 }
 _EPILOG = """\
 Nothing is trained and no weights are made: the module is built on the meta device, and takes one step that computes
-nothing. The batch is the first one of the configuration's data; --input gives its shapes instead, and the data is then
-not touched. What follows a lone -- goes to the configuration: `-- --model.init_args.width=512`.
+nothing. The batch is the first one of the configuration's data, whose prepare_data is not called; --input gives its
+shapes instead, and the data is then not touched. What follows a lone -- goes to the configuration:
+`-- --model.init_args.width=512`. The exit status is 0 where a strategy fits, 1 where none does, 2 for bad arguments.
 """
 
 
@@ -160,14 +161,14 @@ def show_plan(plan: Plan, console: Console) -> None:
         return format_number(value, "bytes") if value else "-"
 
     numbers = plan.to_dict()
-    world = plan.devices * plan.nodes
+    world = plan.world
     table = Table(
         title=f"{numbers['parameters']:,} parameters ({numbers['trainable']:,} trained), {plan.precision}, "
         f"{world} device{'s' * (world > 1)} of {size(plan.device_memory)}"
         + (f", micro-batch of {plan.batch_size}" if plan.batch_size else ""),
         title_justify="left",
         header_style="bold",
-        caption="Bytes of one device.",
+        caption="Of one device. Total: the most at a time, which may be less than the sum.",
         caption_justify="left",
     )
     titles = ("Strategy", "Parameters", "Gradients", "State", "Master", "Activations", "Buffers", "Working", "Total")
@@ -190,6 +191,12 @@ def show_plan(plan: Plan, console: Console) -> None:
         console.print(f"\n[bold]{STRATEGIES[plan.choice.strategy]}[/] is the cheapest that fits: {limit}.\n")
         console.print(yaml.safe_dump({"trainer": plan.trainer_settings()}, sort_keys=False), markup=False)
         return
-    console.print(f"\n[bold red]Nothing fits.[/] The smallest need is {size(plan.missing)} too much a device.")
-    for text, enough in plan.advice():
-        console.print(f"- {escape(text)}{' [green](enough by itself)[/]' if enough else ' (helps, but is not enough)'}")
+    least = plan.smallest
+    console.print(
+        f"\n[bold red]Nothing fits.[/] {STRATEGIES[least.strategy]} needs least, {size(least.total)} a device, which "
+        f"is {size(plan.missing)} more than the {size(plan.available)} that may be filled. What would help:"
+    )
+    for advice in plan.advice():
+        verdict = "[green]fits[/]" if advice.enough else f"{size(advice.total - plan.available)} too much"
+        where = f"{size(advice.total)} under {STRATEGIES[advice.strategy]}"
+        console.print(f"- {escape(advice.text)}: {where}, {verdict}")

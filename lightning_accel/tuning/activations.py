@@ -1,107 +1,95 @@
-"""What the forward pass keeps for the backward pass, measured by saved-tensor hooks.
+"""What one training step keeps for its backward pass, and the most that it has at a time.
 
-Autograd tells of each tensor that it saves and when it lets go of it (``torch.autograd.graph.saved_tensors_hooks``).
-What is counted is the storage behind each of them, once however many save it, without parameters and buffers, which
-are there anyway. It works on tensors with shapes and no memory as on real ones.
+Every operation is seen as it runs (``TorchDispatchMode``), and each storage that it made is counted until it is let go
+of. Unlike hooks on what autograd saves, this sees what activation checkpointing keeps, and what it makes once more in
+the backward pass. It works on tensors with shapes and no memory as on real ones.
 """
 
 from __future__ import annotations
 
-from types import TracebackType
+import weakref
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-__all__ = ["SavedTensors"]
+__all__ = ["LiveTensors", "storage_key"]
 
 
-class SavedTensors:
-    """Measures what autograd keeps alive while this context is entered; it may be entered several times.
+class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves these without types
+    """Counts the bytes that operations make while this context is entered; it may be entered several times.
 
     Args:
-        module: Its parameters and buffers are not counted.
+        module: Its parameters, their gradients and its buffers are not counted.
 
     Attributes:
-        peak: The most bytes that were kept at a time, without ``casts``.
-        casts: The most bytes of copies of parameters in another dtype, which autocast makes. A strategy that casts
-            the parameters itself (FSDP2's mixed precision) has none.
+        kept: Bytes that were there when :meth:`forward_is_over` was called, without ``casts``; the most of them if it
+            was called several times.
+        casts: Of these, copies of parameters in another dtype, which autocast makes. A strategy that casts the
+            parameters itself (FSDP2's mixed precision) has none.
+        peak: The most bytes at a time, all together.
 
     Example:
-        >>> import torch
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
-        >>> with SavedTensors(net) as saved:
+        >>> with LiveTensors(net) as live:
         ...     loss = net(torch.ones(2, 4)).sum()
-        >>> saved.peak  # the input (2, 4), and what ReLU returned (2, 8), which the last layer saves as well
-        96
+        >>> live.forward_is_over()
+        >>> live.kept  # the input (2, 4), what ReLU returned (2, 8), and the loss
+        100
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.peak = 0
-        self.casts = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.kept = self.casts = self.peak = 0
         self._own = {storage_key(tensor) for tensor in (*module.parameters(), *module.buffers())}
         self._module = module  # or the keys could be those of other storages
-        self._users: dict[int, int] = {}
-        self._live = {"activation": 0, "cast": 0}
-        self._hooks: list[saved_tensors_hooks] = []
+        self._live: dict[int, tuple[weakref.ref[Any], int, bool]] = {}
+        self._bytes = {False: 0, True: 0}  # by whether it is a cast parameter
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._forget_gradient)  # type: ignore[no-untyped-call]
 
-    def __enter__(self) -> SavedTensors:
-        hooks = saved_tensors_hooks(self._pack, lambda held: held.tensor)
-        hooks.__enter__()
-        self._hooks.append(hooks)
-        return self
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        is_cast = func is torch.ops.aten._to_copy.default and storage_key(args[0]) in self._own
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.add(tensor, is_cast and tensor.dtype != args[0].dtype)
+        return out
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._hooks.pop().__exit__(kind, error, trace)
+    def add(self, tensor: Tensor, is_cast: bool = False) -> None:
+        """Count the memory behind a tensor, once, until it is gone."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._own or key in self._live:
+            return
+        nbytes = storage.nbytes()
+        self._live[key] = weakref.ref(storage, partial(self._remove, key)), nbytes, is_cast
+        self._bytes[is_cast] += nbytes
+        self.peak = max(self.peak, sum(self._bytes.values()))
 
-    def _pack(self, tensor: Tensor) -> _Held:
-        return _Held(tensor, self)
+    def forward_is_over(self) -> None:
+        """Note what there is now: the backward pass begins."""
+        if sum(self._bytes.values()) >= self.kept + self.casts:
+            self.kept, self.casts = self._bytes[False], self._bytes[True]
 
-    def _take(self, held: _Held) -> None:
-        self._users[held.key] = self._users.get(held.key, 0) + 1
-        if held.key not in self._own and self._users[held.key] == 1:
-            self._live[held.kind] += held.nbytes
-            self.peak = max(self.peak, self._live["activation"])
-            self.casts = max(self.casts, self._live["cast"])
+    def _remove(self, key: int, _: Any = None) -> None:
+        if key in self._live:
+            _, nbytes, is_cast = self._live.pop(key)
+            self._bytes[is_cast] -= nbytes
 
-    def _release(self, held: _Held) -> None:
-        self._users[held.key] -= 1
-        if not self._users[held.key]:
-            del self._users[held.key]
-            if held.key not in self._own:
-                self._live[held.kind] -= held.nbytes
-
-
-class _Held:
-    """One saved tensor; gone when autograd lets go of it."""
-
-    def __init__(self, tensor: Tensor, meter: SavedTensors) -> None:
-        self.tensor, self.meter, self.key = tensor, meter, storage_key(tensor)
-        self.nbytes = tensor.untyped_storage().nbytes()
-        self.kind = "cast" if is_cast_parameter(tensor) else "activation"
-        meter._take(self)
-
-    def __del__(self) -> None:
-        self.meter._release(self)
+    def _forget_gradient(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self._remove(storage_key(parameter.grad))
 
 
 def storage_key(tensor: Tensor) -> int:
     """What two tensors have in common if, and only if, they share memory; ``data_ptr`` is 0 where there is none."""
     key: int = tensor.untyped_storage()._cdata
     return key
-
-
-def is_cast_parameter(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is a copy of a parameter in another dtype, or a view of one."""
-    node: Any = tensor.grad_fn
-    cast = False
-    while node is not None and len(node.next_functions) == 1:
-        cast = cast or node.name().startswith("ToCopyBackward")
-        if not cast and not node.name().startswith(("TBackward", "Transpose", "View", "Permute")):
-            return False
-        node = node.next_functions[0][0]
-        if node is not None and hasattr(node, "variable"):
-            return cast
-    return False

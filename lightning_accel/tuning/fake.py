@@ -2,7 +2,7 @@
 
 The module is made on the meta device. Its parameters then become fake tensors (``torch.compiler_fake_tensor`` in the
 documentation of torch), which claim to be on the CPU: unlike the meta device, autocast and the choice of an attention
-kernel work on them as on real ones, so that what is saved for the backward pass is the same.
+kernel work on them as on real ones, so that what is kept for the backward pass is the same.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.optim import Optimizer
 
-from lightning_accel.tuning.activations import SavedTensors
+from lightning_accel.tuning.activations import LiveTensors
 
 __all__ = ["FakeStep", "fake_module_", "quiet", "run_fake_step"]
 
@@ -71,15 +71,17 @@ class FakeStep:
 
     Attributes:
         optimizers: As ``configure_optimizers`` returned them, without state.
-        peak: Bytes of activations, see :class:`SavedTensors`; None where they could not be measured.
-        casts: Bytes of low-precision copies of parameters, likewise.
-        failure: Why they could not be measured.
+        kept: Bytes that the forward pass keeps for the backward pass, see :class:`LiveTensors`, with the batch.
+        casts: Bytes of low-precision copies of parameters that are kept beside them.
+        passing: Bytes that come and go, at most, beside both.
+        failure: Why these could not be measured, and are 0.
         batch_size: The first dimension of the batch's first tensor; 0 where it has none.
     """
 
     optimizers: list[Optimizer]
-    peak: int | None = None
-    casts: int | None = None
+    kept: int = 0
+    casts: int = 0
+    passing: int = 0
     failure: str = ""
     batch_size: int = 0
 
@@ -123,7 +125,7 @@ class _FakeStrategy(SingleDeviceStrategy):
         super().__init__(device="cpu")
         self.mode, self.dtype, self.forward_only, self.states_only = mode, dtype, forward_only, states_only
         self.batch_size = batch_size
-        self.saved: SavedTensors | None = None
+        self.live: LiveTensors | None = None
 
     @property
     def module(self) -> LightningModule:
@@ -159,9 +161,10 @@ class _FakeStrategy(SingleDeviceStrategy):
             return super().batch_to_device(apply_to_collection(batch, Tensor, fake), device, dataloader_idx)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the step, or ``forward`` on the example, and measure what is saved."""
-        self.saved = SavedTensors(self.module)
-        with self.mode, self.saved:
+        """Run the step, or ``forward`` on the example, and measure what is kept."""
+        self.live = LiveTensors(self.module)
+        apply_to_collection(args, Tensor, self.live.add)
+        with self.mode, self.live:
             if not self.forward_only:
                 return super().training_step(*args, **kwargs)
             with self.precision_plugin.forward_context():
@@ -169,8 +172,10 @@ class _FakeStrategy(SingleDeviceStrategy):
                 return _sum(self.module(**example) if isinstance(example, dict) else self.module(*example))
 
     def backward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the backward pass, where checkpointed parts save once more."""
-        with self.mode, self.saved or contextlib.nullcontext():
+        """Run the backward pass, where checkpointed parts run once more."""
+        assert self.live is not None
+        self.live.forward_is_over()
+        with self.mode, self.live:
             return super().backward(*args, **kwargs)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *_: Any, **__: Any) -> Any:
@@ -179,6 +184,10 @@ class _FakeStrategy(SingleDeviceStrategy):
 
     def teardown(self) -> None:
         """Leave the module as it is; it can't be moved."""
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """Stands for a method that is not to run."""
 
 
 def _sum(output: Any) -> Tensor:
@@ -244,7 +253,10 @@ def run_fake_step(
             **(trainer_options or {}),
         )
         # values of fake tensors can't be logged
-        module.log = module.log_dict = lambda *_, **__: None  # type: ignore[method-assign,assignment]
+        module.log = module.log_dict = _nothing  # type: ignore[method-assign]
+        module.prepare_data = _nothing  # type: ignore[method-assign]  # it may download for hours
+        if datamodule is not None:
+            datamodule.prepare_data = _nothing  # type: ignore[method-assign]
         failure = ""
         try:
             if batch is None:
@@ -254,18 +266,14 @@ def run_fake_step(
         except _Done:
             pass
         except Exception as error:
-            if strategy.saved is None:  # not in the step
+            if strategy.live is None:  # not in the step
                 raise
             failure = f"{type(error).__name__}: {error}".splitlines()[0]
-    saved = strategy.saved
-    measured = saved is not None and not failure
-    return FakeStep(
-        strategy.optimizers,
-        saved.peak if saved and measured else None,
-        saved.casts if saved and measured else None,
-        failure,
-        strategy.batch_size,
-    )
+    live = strategy.live
+    if live is None or failure:
+        return FakeStep(strategy.optimizers, failure=failure, batch_size=strategy.batch_size)
+    passing = live.peak - live.kept - live.casts
+    return FakeStep(strategy.optimizers, live.kept, live.casts, passing, batch_size=strategy.batch_size)
 
 
 @contextlib.contextmanager

@@ -1,23 +1,22 @@
 """How many bytes a device needs for a training state under each strategy: formulas, without torch.
 
-With N parameters of 4 bytes, Adam and W devices (ZeRO, Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054, and
-what real engines were measured to hold): DDP has 4N + 4N gradients + 4N of buckets that hold
-them once more + 8N of Adam's state. ZeRO divides the state by W (stage 1), then the gradients (2), then the parameters
-(3), and adds a master copy of the parameters, divided by W, in fp32 as well. FSDP2 divides all of it and has no master
-copy.
-
-What is counted is the moment when the gradients are complete, just before the step.
+They are ZeRO's (Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054) and what real engines were measured to hold,
+see ``docs/benchmarks/plan.md``. With N parameters of 4 bytes, Adam and W devices: DDP has 4N + 4N of gradients + 4N of
+buckets that hold them once more + 8N of Adam's state. ZeRO divides the state by W (stage 1), then the gradients (2),
+then the parameters (3), and adds a master copy of the parameters, divided by W, in fp32 as well. FSDP2 divides all of
+it and has no master copy.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from lightning_accel.strategies.zero_config import BUCKET_ELEMENTS
+from lightning_accel.strategies.zero_config import BUCKET_ELEMENTS, zero_bytes
 
-__all__ = ["STRATEGIES", "Model", "Parameter", "Strategy", "Usage", "memory_usage"]
+__all__ = ["STRATEGIES", "Model", "Parameter", "Settings", "Strategy", "Usage", "memory_usage"]
 
 Strategy = Literal[
     "ddp",
@@ -40,9 +39,6 @@ STRATEGIES: dict[Strategy, str] = {
     "accel_zero3_offload": "ZeRO 3, offload",
 }
 """The strategies by what they cost in time: the least communication first, main memory last."""
-
-ZERO_LIVE = 1_000_000_000
-"""Elements of parameters that stage 3 keeps gathered at most: DeepSpeed's ``stage3_max_live_parameters``."""
 
 
 @dataclass(frozen=True)
@@ -78,28 +74,61 @@ class Parameter:
 
 
 @dataclass(frozen=True)
+class Settings:
+    """What the strategies are told, as far as it takes memory; the defaults are theirs.
+
+    Attributes:
+        bucket: The most elements of the buffer that ZeRO reduces gradients in; no more than there are.
+        persistence: Parameters of no more elements stay whole at stage 3.
+        live: Elements of parameters that stage 3 may keep gathered.
+        sub_group: Elements that stage 3 steps at once.
+        bucket_view: Whether DDP's gradients are views of its buckets.
+        replicas: Groups of devices that each hold the whole model under FSDP2.
+        reshard: Whether FSDP2 frees a block's parameters after its forward pass.
+        blocks: What FSDP2 gathers at a time, as of ``FullyShardStrategy``.
+        written: How a configuration says a strategy with all of this, by its name, where the name is not enough.
+    """
+
+    bucket: int = BUCKET_ELEMENTS
+    persistence: int = 100_000
+    live: int = 1_000_000_000
+    sub_group: int = 1_000_000_000
+    bucket_view: bool = False
+    replicas: int = 1
+    reshard: bool = True
+    blocks: Any = "auto"
+    written: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Model:
     """What one device has to hold without sharding, in bytes.
 
     Attributes:
         parameters: The parameters.
         state: Of the optimizers, as they are configured.
-        plain_state: Without 8-bit state, which sharding strategies do not take.
-        master_state: The same on fp32 copies of the parameters.
+        sharded_state: As FSDP2 takes them, before it is divided.
+        flat_state: As ZeRO takes them: never in 8 bits, and of fp32 copies of the parameters, flattened.
         buffers: Of the module.
         activations: What one micro-batch's forward pass keeps.
         casts: Low-precision copies of the parameters that autocast keeps until the backward pass.
+        passing: What comes and goes during both passes, at most.
+        accumulates: Whether gradients of several micro-batches are added.
         pure_fp16_under_zero: Whether DeepSpeed makes the parameters fp16, as for ``precision="16-mixed"``.
+        refusals: Why a strategy can't be used, by its name.
     """
 
     parameters: tuple[Parameter, ...]
     state: int = 0
-    plain_state: int = 0
-    master_state: int = 0
+    sharded_state: int = 0
+    flat_state: int = 0
     buffers: int = 0
     activations: int = 0
     casts: int = 0
+    passing: int = 0
+    accumulates: bool = False
     pure_fp16_under_zero: bool = False
+    refusals: dict[str, str] = field(default_factory=dict)
 
     @property
     def gradients(self) -> int:
@@ -119,7 +148,9 @@ class Usage:
         master: fp32 copies of parameters that are themselves in fewer bits, and ZeRO's always.
         activations: With low-precision copies of parameters.
         buffers: Of the module.
-        working: Communication buckets, and what is gathered for the moment.
+        working: During the forward and backward passes: communication buckets, and what comes and goes.
+        stepping: During the optimizer's step: what comes and goes.
+        gradients_late: Whether there are no gradients before the backward pass, in which activations go.
         host: Bytes of main memory that go with this device.
         refusal: Why this strategy can't be used here.
     """
@@ -132,104 +163,135 @@ class Usage:
     activations: int
     buffers: int
     working: int
+    stepping: int = 0
+    gradients_late: bool = False
     host: int = 0
     refusal: str = ""
 
     @property
     def total(self) -> int:
-        """All on the device."""
-        return (
-            self.parameters + self.gradients + self.state + self.master + self.activations + self.buffers + self.working
+        """The most on the device at a time."""
+        passes = self.working + (
+            max(self.gradients, self.activations) if self.gradients_late else self.gradients + self.activations
         )
+        steady = self.parameters + self.state + self.master + self.buffers
+        return steady + max(passes, self.gradients + self.stepping)
 
 
-def memory_usage(
-    strategy: Strategy, model: Model, world: int, *, bucket: int = BUCKET_ELEMENTS, live: int = ZERO_LIVE
-) -> Usage:
+def memory_usage(strategy: Strategy, model: Model, world: int, settings: Settings | None = None) -> Usage:
     """The bytes of one of ``world`` devices.
 
     Args:
         strategy: Its registered name.
         model: What there is to hold.
         world: The number of devices that share it.
-        bucket: The most elements of the buffer that ZeRO reduces gradients in; no more than there are.
-        live: Elements of DeepSpeed's ``stage3_max_live_parameters``.
+        settings: What the strategy is told.
 
     Example:
-        >>> model = Model((Parameter((1000, 1000)),), state=8_000_000, plain_state=8_000_000, master_state=8_000_000)
-        >>> usage = memory_usage("accel_zero2", model, world=4, bucket=0)
+        >>> model = Model((Parameter((1000, 1000)),), state=8_000_000, sharded_state=8_000_000, flat_state=8_000_000)
+        >>> usage = memory_usage("accel_zero2", model, world=4)
         >>> usage.parameters, usage.gradients, usage.state, usage.master
         (4000000, 1000000, 2000000, 1000000)
     """
+    settings = settings or Settings()
     if strategy == "ddp":
-        return _ddp(model, world)
+        return _ddp(model, world, settings)
     if strategy in ("accel_fsdp2", "accel_fsdp2_offload"):
-        return _fsdp2(strategy, model, world)
-    return _zero(strategy, model, world, bucket, live)
+        return _fsdp2(strategy, model, world, settings)
+    return _zero(strategy, model, world, settings)
 
 
-def _ddp(model: Model, world: int) -> Usage:
+def _adaptive(state: int, parameters: int) -> bool:
+    """Whether the step divides by the root of a second moment, which takes copies: more than momentum is kept."""
+    return state > 1.5 * parameters > 0
+
+
+def _ddp(model: Model, world: int, settings: Settings) -> Usage:
+    gradients = model.gradients
     return Usage(
         strategy="ddp",
         parameters=sum(parameter.nbytes for parameter in model.parameters),
-        gradients=model.gradients,
+        gradients=gradients,
         state=model.state,
         master=0,
         activations=model.activations + model.casts,
         buffers=model.buffers,
-        # gradient_as_bucket_view is False by default, so that the buckets are copies; one device needs no DDP
-        working=model.gradients if world > 1 else 0,
+        # the buckets are copies, unless DDP is told otherwise; one device needs no DDP
+        working=model.passing + (gradients if world > 1 and not settings.bucket_view else 0),
+        stepping=gradients * ((world > 1 and not settings.bucket_view) + _adaptive(model.state, gradients)),
+        refusal=model.refusals.get("ddp", ""),
     )
 
 
-def _zero(strategy: Strategy, model: Model, world: int, bucket: int, live: int) -> Usage:
+def _zero(strategy: Strategy, model: Model, world: int, settings: Settings) -> Usage:
     stage, offload = int(strategy.removeprefix("accel_zero")[0]), strategy.endswith("offload")
     fp16 = model.pure_fp16_under_zero
     sizes = [(p.numel, 2 if fp16 else p.itemsize, p.trainable) for p in model.parameters]
-    whole = sum(numel * size for numel, size, _ in sizes)
-    trainable = sum(numel for numel, _, is_trainable in sizes if is_trainable)
-    gradients = sum(numel * size for numel, size, is_trainable in sizes if is_trainable)
-    itemsize = max((size for _, size, _ in sizes), default=4)
-    part = -(-gradients // world)
-    master, state = -(-4 * trainable // world), -(-model.master_state // world)
-    working = min(bucket, trainable) * itemsize
-    parameters = whole
+    elements = sum(numel for numel, _, _ in sizes)
+    trained = sum(numel for numel, _, trainable in sizes if trainable)
+    per_gradient = sum(numel * size for numel, size, trainable in sizes if trainable) / max(trained, 1)
+    held = zero_bytes(
+        elements,
+        stage,
+        world,
+        parameter_bytes=sum(numel * size for numel, size, _ in sizes) / max(elements, 1),
+        gradient_bytes=per_gradient,
+        state_bytes=model.flat_state / max(trained, 1),
+        trainable=trained,
+    )
+    parameters, gradients, master, state = map(math.ceil, held.values())
+    bucket = math.ceil(min(settings.bucket, trained) * per_gradient)
+    working = model.passing + bucket * (1 if stage == 1 else 2)  # stages 2, 3 copy a bucket to reduce it
+    if stage == 2 and model.accumulates:
+        working += gradients  # the new ones beside their sum
     if stage == 3:
-        parameters = -(-whole // world)
-        working += min(sum(numel for numel, _, _ in sizes), live) * itemsize
-    elif stage == 1:
-        part += gradients  # whole until the backward pass is over
+        parameters += sum(numel * size for numel, size, _ in sizes if numel <= settings.persistence)
+        working += math.ceil(min(elements, settings.live) * held["parameters"] * world / max(elements, 1))
+    # The step is taken on a flat fp32 copy of the gradients, which stage 3 keeps beside it, with two more where Adam
+    # divides by a root.
+    stepped = math.ceil(min(trained / world, settings.sub_group if stage == 3 else math.inf))
+    copy = 4 if stage == 3 else 4 - min(4, int(per_gradient))
+    stepping = stepped * (copy + (8 if _adaptive(model.flat_state, 4 * trained) else 0))
+    stepping = max(stepping, bucket if stage == 1 else 0) + (bucket if stage == 3 else 0)
     host = 0
     if offload:
         # gradients go to the host as they are reduced, and become fp32 there, beside what they were
-        host = master + state + part + -(-4 * trainable // world)
-        part = master = state = 0
+        host = master + state + gradients + math.ceil(4 * trained / world)
+        gradients = master = state = stepping = 0
         if stage == 3:
             host, parameters = host + parameters, 0
     return Usage(
         strategy=strategy,
         parameters=parameters,
-        gradients=part,
+        gradients=gradients,
         state=state,
         master=master,
         activations=model.activations + (0 if fp16 else model.casts),
         buffers=model.buffers,
         working=working,
+        stepping=stepping,
+        gradients_late=stage < 3 and not model.accumulates,
         host=host,
+        refusal=model.refusals.get("accel_zero", ""),
     )
 
 
-def _fsdp2(strategy: Strategy, model: Model, world: int) -> Usage:
+def _fsdp2(strategy: Strategy, model: Model, world: int, settings: Settings) -> Usage:
+    world //= settings.replicas
     parameters = sum(p.shard(world) * p.itemsize for p in model.parameters)
     gradients = sum(p.shard(world) * p.itemsize for p in model.parameters if p.trainable)
-    state = -(-model.plain_state * gradients // max(model.gradients, 1))
+    state = -(-model.sharded_state * gradients // max(model.gradients, 1))
+    stepping = gradients if _adaptive(model.sharded_state, model.gradients) else 0
     blocks: dict[str, int] = {"": 0}
     for parameter in model.parameters:
         blocks[parameter.block] = blocks.get(parameter.block, 0) + parameter.nbytes
     root = blocks.pop("")
-    # The root is gathered for the whole step; of the blocks one is in use while the next is gathered. Their gradients
-    # are whole until they are reduced.
-    working = 2 * root + 3 * max(blocks.values(), default=0)
+    # The root is gathered for the whole step; of the blocks one is in use while the next is gathered, into a flat copy
+    # first. Gradients are whole until they are reduced, which accumulation puts off.
+    whole = max(blocks.values(), default=0)
+    working = model.passing + 2 * root + (3 * whole if settings.reshard else sum(blocks.values()) + 2 * whole)
+    if model.accumulates:
+        gradients = model.gradients
     offload = strategy.endswith("offload")
     host = parameters + gradients + state if offload else 0
     return Usage(
@@ -241,6 +303,7 @@ def _fsdp2(strategy: Strategy, model: Model, world: int) -> Usage:
         activations=model.activations + model.casts,
         buffers=model.buffers,
         working=working,
+        stepping=0 if offload else stepping,
         host=host,
-        refusal="it does not do 16-mixed; bf16-mixed it does" if model.pure_fp16_under_zero else "",
+        refusal=model.refusals.get("accel_fsdp2", ""),
     )

@@ -1,8 +1,13 @@
-"""Bytes of optimizer state, by a step on fake tensors, or on small real ones where the optimizer reads numbers."""
+"""Bytes of optimizer state, by a step on fake tensors, or on small real ones where the optimizer reads numbers.
+
+Parameters of one group with the same shape and dtype have state of the same size, so one of them is stepped.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,88 +18,115 @@ from torch.optim import Optimizer
 from lightning_accel.hooks.tensors import tensors_in
 from lightning_accel.tuning.activations import storage_key
 
-__all__ = ["measure_state"]
+__all__ = ["measure_flat_state", "measure_state"]
 
-_STAND_IN = 2**16  # elements, more than an 8-bit optimizer leaves in 32 bits
+_STAND_IN = 2**16  # elements of a real parameter that is stepped in place of a large one
 
 
-def measure_state(optimizer: Optimizer, mode: FakeTensorMode) -> tuple[int, int]:
-    """Step once and count.
+def measure_state(optimizer: Optimizer, mode: FakeTensorMode) -> int:
+    """Step once, and return the bytes of all tensors in the state.
 
     Args:
-        optimizer: Of fake parameters, without state; it is not usable afterwards.
+        optimizer: Of fake parameters, without state; it is left so.
         mode: Of the parameters.
 
-    Returns:
-        Bytes of all tensors in its state, and what they would be on fp32 copies of the parameters.
+    Raises:
+        ValueError: If no step tells what it keeps.
     """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    try:
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("LBFGS keeps a history of gradients that grows with its steps, which one step does not show")
+    low_bit = getattr(optimizer, "low_bit", None)
+    kept: set[Tensor] = getattr(low_bit, "keep", set())
+    chosen, counts = [], Counter[Tensor]()
+    for group in optimizer.param_groups:
+        first: dict[Any, Tensor] = {}
+        for parameter in group["params"]:
+            if parameter.requires_grad:
+                key = (parameter.shape, parameter.dtype, parameter in kept)
+                counts[first.setdefault(key, parameter)] += 1
+        chosen.append(list(first.values()))
+    with _groups(optimizer, chosen):
+        # tables that the kernels of 8-bit state keep for good must not be fake
+        with contextlib.suppress(Exception):  # it looks at values: any library's optimizer may fail in its own way
+            if low_bit is None:
+                with mode:
+                    for parameter in counts:
+                        parameter.grad = torch.zeros_like(parameter)
+                    optimizer.step()
+                return sum(_size(optimizer.state[parameter]) * count for parameter, count in counts.items())
+        try:
+            return sum(
+                count * _by_stand_ins(optimizer, number, parameter, parameter in kept)
+                for number, group in enumerate(chosen)
+                for parameter, count in ((parameter, counts[parameter]) for parameter in group)
+            )
+        except Exception as error:
+            raise ValueError(
+                f"one step of {type(optimizer).__name__} fails ({type(error).__name__}: {error})".splitlines()[0]
+            ) from error
+
+
+def measure_flat_state(optimizer: Optimizer, mode: FakeTensorMode) -> int | None:
+    """The same on what ZeRO steps: one flat parameter a group, in fp32; None where that can't be stepped.
+
+    Args:
+        optimizer: As of :func:`measure_state`.
+        mode: Of the parameters.
+    """
+    flat = []
+    for group in optimizer.param_groups:
+        elements = sum(parameter.numel() for parameter in group["params"] if parameter.requires_grad)
         with mode:
-            for parameter in parameters:
-                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-            optimizer.step(**_closure(optimizer))
-        return _count(optimizer.state)
-    except Exception:  # it looks at values: any library's optimizer may fail in its own way
-        return _by_stand_ins(optimizer)
+            flat.append([nn.Parameter(torch.empty(elements, dtype=torch.float32))] if elements else [])
+    try:
+        with _groups(optimizer, flat):
+            return measure_state(optimizer, mode)
+    except ValueError:
+        return None
+
+
+@contextlib.contextmanager
+def _groups(optimizer: Optimizer, parameters: Sequence[list[Any]]) -> Iterator[None]:
+    """Let the groups have other parameters for a while, and the optimizer forget what it kept of them."""
+    before, state = [group["params"] for group in optimizer.param_groups], optimizer.state.copy()
+    for group, chosen in zip(optimizer.param_groups, parameters, strict=True):
+        group["params"] = chosen
+    try:
+        yield
     finally:
-        for parameter in parameters:
-            parameter.grad = None
+        for group, chosen, own in zip(optimizer.param_groups, parameters, before, strict=True):
+            group["params"] = own
+            for parameter in chosen:
+                parameter.grad = None
+        optimizer.state = state
 
 
-def _closure(optimizer: Optimizer) -> dict[str, Any]:
-    needs = isinstance(optimizer, torch.optim.LBFGS)
-    return {"closure": lambda: torch.zeros((), requires_grad=True)} if needs else {}
+def _size(entries: Any) -> int:
+    storages = {storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in tensors_in(entries)}
+    return sum(storages.values())
 
 
-def _count(state: Mapping[Any, Any]) -> tuple[int, int]:
-    actual = master = 0
-    seen = set()
-    for parameter, entries in state.items():
-        dtype = parameter.dtype if isinstance(parameter, Tensor) else None
-        for tensor in tensors_in(entries):
-            if storage_key(tensor) in seen:
-                continue
-            seen.add(storage_key(tensor))
-            actual += tensor.untyped_storage().nbytes()
-            itemsize = 4 if tensor.dtype == dtype and tensor.is_floating_point() else tensor.element_size()
-            master += tensor.untyped_storage().nbytes() // tensor.element_size() * itemsize
-    return actual, master
+def _by_stand_ins(optimizer: Optimizer, number: int, parameter: Tensor, is_kept: bool) -> int:
+    """Step on real parameters of fewer rows, and extend: what is kept of one grows with its rows, or not at all."""
+    shape, plan = tuple(parameter.shape), getattr(optimizer, "low_bit", None)
+    # two that are both as large as those whose state is in 8 bits, if this one is
+    elements = max(_STAND_IN, getattr(plan, "min_size", 0))
+    rows = -(-elements // max(1, parameter[:1].numel())) if shape else 1
+    if not shape or shape[0] <= 2 * rows:
+        return _step_real(optimizer, number, shape, parameter.dtype, is_kept)
+    small, large = (
+        _step_real(optimizer, number, (count, *shape[1:]), parameter.dtype, is_kept) for count in (rows, 2 * rows)
+    )
+    return round(small + (large - small) * (shape[0] - rows) / rows)
 
 
-def _by_stand_ins(optimizer: Optimizer) -> tuple[int, int]:
-    """Step on real parameters of fewer rows, and extend: what an optimizer keeps grows with the rows, or not at all."""
-    kept: set[Tensor] = getattr(getattr(optimizer, "low_bit", None), "keep", set())
-    groups = [list(group["params"]) for group in optimizer.param_groups]
-    known: dict[tuple[Any, ...], tuple[int, int]] = {}
-    actual = master = 0
-    for number, parameters in enumerate(groups):
-        for parameter in parameters:
-            if not parameter.requires_grad:
-                continue
-            shape, is_kept = tuple(parameter.shape), parameter in kept
-            key = (number, shape, parameter.dtype, is_kept)
-            if key not in known:
-                rows = -(-_STAND_IN // max(1, parameter[:1].numel())) if shape else 1
-                measured = []
-                for count in (rows, 2 * rows) if shape and shape[0] > 2 * rows else shape[:1] or (1,):
-                    stand_in = nn.Parameter(torch.zeros((count, *shape[1:]) if shape else (), dtype=parameter.dtype))
-                    stand_in.grad = torch.ones_like(stand_in)
-                    if is_kept:
-                        kept.add(stand_in)
-                    for other, group in enumerate(optimizer.param_groups):
-                        group["params"] = [stand_in] if other == number else []
-                    optimizer.state.clear()
-                    optimizer.step(**_closure(optimizer))
-                    measured.append(_count(optimizer.state))
-                if len(measured) == 1:
-                    known[key] = measured[0]
-                else:
-                    more = (shape[0] - rows) / rows
-                    (small, small_master), (large, large_master) = measured
-                    known[key] = (
-                        round(small + (large - small) * more),
-                        round(small_master + (large_master - small_master) * more),
-                    )
-            actual, master = actual + known[key][0], master + known[key][1]
-    return actual, master
+def _step_real(optimizer: Optimizer, number: int, shape: tuple[int, ...], dtype: torch.dtype, is_kept: bool) -> int:
+    stand_in = nn.Parameter(torch.zeros(shape, dtype=dtype))
+    stand_in.grad = torch.ones_like(stand_in)
+    if is_kept:
+        optimizer.low_bit.keep.add(stand_in)  # type: ignore[attr-defined]  # only such optimizers keep some
+    with _groups(optimizer, [[stand_in] if other == number else [] for other in range(len(optimizer.param_groups))]):
+        optimizer.state.clear()
+        step: Callable[[], Any] = optimizer.step
+        step()
+        return _size(optimizer.state[stand_in])

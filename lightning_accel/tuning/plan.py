@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
 
+from lightning_accel.hooks.optimizers import OptimizerTransform, parameter_names
 from lightning_accel.optimizers.low_bit import LowBitOptimizer
 from lightning_accel.strategies.wrapping import choose_blocks
 from lightning_accel.tuning.activations import storage_key
 from lightning_accel.tuning.fake import FakeStep, quiet
-from lightning_accel.tuning.memory import STRATEGIES, Model, Parameter, Usage, memory_usage
-from lightning_accel.tuning.optimizer_state import measure_state
+from lightning_accel.tuning.memory import STRATEGIES, Model, Parameter, Settings, Strategy, Usage, memory_usage
+from lightning_accel.tuning.optimizer_state import measure_flat_state, measure_state
 
-__all__ = ["PRECISIONS", "Plan", "find_precision", "list_parameters", "make_plan", "measure_model"]
+__all__ = [
+    "PRECISIONS",
+    "Advice",
+    "Plan",
+    "find_precision",
+    "list_parameters",
+    "make_plan",
+    "measure_model",
+    "takes_fsdp2",
+]
 
 PRECISIONS = {
     "32-true": ("32-true", "32", 32),
@@ -31,6 +42,8 @@ PRECISIONS = {
 """The precisions that are understood, and the Trainer's spellings of each."""
 _LOW_BIT = 2.04 / 8  # of Adam's state, see docs/benchmarks/low_bit.md
 _MOST_DEVICES = 4096
+NOT_ON_SHARDS = ("Adafactor", "LBFGS", "Rprop", "SparseAdam")
+"""The optimizers that ``FullyShardStrategy`` refuses."""
 
 
 def find_precision(value: Any) -> str:
@@ -43,6 +56,23 @@ def find_precision(value: Any) -> str:
         if value in spellings or (value is None and name == "32-true"):
             return name
     raise ValueError(f"Expected `precision` to be one of {', '.join(PRECISIONS)}, but got {value!r}.")
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Something that would need less memory.
+
+    Attributes:
+        text: What to change.
+        strategy: Under which strategy the need is then looked at: the first that fits, or the one that needs least.
+        total: Bytes of a device with it.
+        enough: Whether that fits.
+    """
+
+    text: str
+    strategy: Strategy
+    total: int
+    enough: bool
 
 
 @dataclass(frozen=True)
@@ -59,6 +89,7 @@ class Plan:
         precision: As of the Trainer.
         batch_size: Of a micro-batch; 0 where it is not known.
         low_bit: Whether the plan of DDP has 8-bit optimizer state.
+        settings: What the strategies are told.
         notes: What a reader has to know.
     """
 
@@ -71,7 +102,13 @@ class Plan:
     precision: str
     batch_size: int = 0
     low_bit: bool = False
-    notes: tuple[str, ...] = field(default=())
+    settings: Settings = field(default_factory=Settings)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def world(self) -> int:
+        """All devices."""
+        return self.devices * self.nodes
 
     @property
     def available(self) -> int:
@@ -88,60 +125,75 @@ class Plan:
         return next(filter(self.fits, self.usages), None)
 
     @property
-    def missing(self) -> int:
-        """Bytes that the strategy with the smallest need has too many; 0 where one fits."""
-        return 0 if self.choice else self._smallest.total - self.available
+    def smallest(self) -> Usage:
+        """The strategy that needs least of a device."""
+        return min((usage for usage in self.usages if not usage.refusal), key=lambda usage: usage.total)
 
     @property
-    def _smallest(self) -> Usage:
-        return min((usage for usage in self.usages if not usage.refusal), key=lambda usage: usage.total)
+    def missing(self) -> int:
+        """Bytes that the strategy with the smallest need has too many; 0 where one fits."""
+        return 0 if self.choice else self.smallest.total - self.available
 
     def trainer_settings(self) -> dict[str, Any]:
         """What to set in the Trainer for the choice; empty where nothing fits."""
         if self.choice is None:
             return {}
-        alone = self.devices * self.nodes == 1 and self.choice.strategy == "ddp"
-        strategy = "auto" if alone else self.choice.strategy
+        alone = self.world == 1 and self.choice.strategy == "ddp"
+        strategy = "auto" if alone else self.settings.written.get(self.choice.strategy, self.choice.strategy)
         return {"devices": self.devices, "num_nodes": self.nodes, "precision": self.precision, "strategy": strategy}
 
-    def advice(self) -> list[tuple[str, bool]]:
-        """What would help where nothing fits, and whether it alone is enough."""
-        return [] if self.choice else list(self._advice())
+    def advice(self) -> list[Advice]:
+        """What would help where nothing fits, what is enough first."""
+        return [] if self.choice else sorted(self._advice(), key=lambda advice: not advice.enough)
 
-    def _advice(self) -> Iterator[tuple[str, bool]]:
-        model, world = self.model, self.devices * self.nodes
-        if self.batch_size > 1 and model.activations:
-            room = self.available - (self._smallest.total - model.activations)
-            size = max(1, min(self.batch_size - 1, int(room * self.batch_size / model.activations)))
-            factor = math.ceil(self.batch_size / size)
-            text = f"a micro-batch of {size} instead of {self.batch_size}, and {factor} times the accumulation"
-            yield text, self._would_fit(replace(model, activations=model.activations * size // self.batch_size), world)
+    def _advice(self) -> Iterator[Advice]:
+        model = self.model
+        if self.batch_size > 1 and model.activations + model.passing:
+            fits, too_large = 1, self.batch_size
+            while too_large - fits > 1:
+                size = (fits + too_large) // 2
+                fits, too_large = (size, too_large) if self._with_batch(size).enough else (fits, size)
+            yield self._with_batch(fits)
         blocks = len({parameter.block for parameter in model.parameters} - {""})
         if blocks > 1 and model.activations:
             # a block's own activations come back in the backward pass, beside the inputs of all blocks
             left = replace(model, activations=int(1.5 * model.activations / blocks))
-            yield f"activation checkpointing of the {blocks} blocks", self._would_fit(left, world)
+            yield self._look(f"activation checkpointing of the {blocks} blocks, about", left)
         if self.precision == "32-true":
             half = replace(
                 model,
                 parameters=tuple(replace(parameter, itemsize=2) for parameter in model.parameters),
                 state=model.state // 2,
-                plain_state=model.plain_state // 2,
+                sharded_state=model.sharded_state // 2,
                 activations=model.activations // 2,
+                passing=model.passing // 2,
             )
-            yield "precision bf16-true", self._would_fit(half, world)
-        if not self.low_bit and model.state:
-            small = memory_usage("ddp", replace(model, state=int(model.state * _LOW_BIT)), world)
-            yield "LowBitOptimizer (8-bit state) under DDP", self.fits(small)
-        more = world
+            yield self._look("precision bf16-true", half)
+        if not self.low_bit and model.state and not model.refusals.get("ddp"):
+            small = memory_usage("ddp", replace(model, state=int(model.state * _LOW_BIT)), self.world, self.settings)
+            yield Advice("LowBitOptimizer (8-bit state)", "ddp", small.total, self.fits(small))
+        more = self.world
         while more < _MOST_DEVICES:
             more *= 2
-            if self._would_fit(model, more):
-                yield f"{more} devices instead of {world}", True
+            found = self._look(f"{more} devices instead of {self.world}", model, more)
+            if found.enough:
+                yield found
                 return
 
-    def _would_fit(self, model: Model, world: int) -> bool:
-        return any(self.fits(memory_usage(usage.strategy, model, world)) for usage in self.usages)
+    def _with_batch(self, size: int) -> Advice:
+        model, now = self.model, self.batch_size
+        text = f"a micro-batch of {size} instead of {now}, with {-(-now // size)} times the accumulation"
+        # what comes and goes has a part that stays: the gradient that is being made
+        gradient = max((parameter.nbytes for parameter in model.parameters if parameter.trainable), default=0)
+        passing = min(model.passing, model.passing * size // now + gradient)
+        activations = model.activations * size // now
+        return self._look(text, replace(model, activations=activations, passing=passing, accumulates=True))
+
+    def _look(self, text: str, model: Model, world: int = 0) -> Advice:
+        usages = [memory_usage(usage.strategy, model, world or self.world, self.settings) for usage in self.usages]
+        possible = [usage for usage in usages if not usage.refusal]
+        best = next(filter(self.fits, possible), None) or min(possible, key=lambda usage: usage.total)
+        return Advice(text, best.strategy, best.total, self.fits(best))
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON types."""
@@ -161,16 +213,16 @@ class Plan:
             "strategies": rows,
             "trainer": self.trainer_settings(),
             "missing": self.missing,
-            "advice": [{"text": text, "enough": enough} for text, enough in self.advice()],
+            "advice": [dataclasses.asdict(advice) for advice in self.advice()],
             "notes": list(self.notes),
         }
 
 
-def list_parameters(module: nn.Module) -> tuple[Parameter, ...]:
+def list_parameters(module: nn.Module, blocks: Any = "auto") -> tuple[Parameter, ...]:
     """The parameters of a module, shared ones once, with the block that ``FullyShardStrategy`` would put each into."""
-    blocks, _ = choose_blocks(module)
+    chosen, _ = choose_blocks(module, blocks)
     block_of = {}
-    for name, block in blocks.items():  # outer ones first, so that inner ones win
+    for name, block in chosen.items():  # outer ones first, so that inner ones win
         for parameter in block.parameters():
             block_of[parameter] = name
     return tuple(
@@ -183,8 +235,11 @@ def measure_model(
     module: LightningModule,
     step: FakeStep,
     mode: FakeTensorMode,
+    *,
     precision: str = "32-true",
-    low_bit: LowBitOptimizer | None = None,
+    transforms: tuple[OptimizerTransform, ...] = (),
+    blocks: Any = "auto",
+    accumulates: bool = False,
 ) -> Model:
     """Measure what a module needs whose step was seen.
 
@@ -193,29 +248,63 @@ def measure_model(
         step: Its step.
         mode: Of the fake tensors.
         precision: As of the Trainer.
-        low_bit: What makes the optimizers' state 8-bit.
+        transforms: What changes the optimizers, in its order.
+        blocks: As of ``FullyShardStrategy``.
+        accumulates: Whether gradients of several micro-batches are added.
+
+    Raises:
+        ValueError: If an optimizer can't be planned.
     """
-    plain = [measure_state(optimizer, mode) for optimizer in step.optimizers]
-    state = sum(actual for actual, _ in plain)
-    plain_state, master_state = state, sum(master for _, master in plain)
-    if low_bit is not None:
-        names = {parameter: name for name, parameter in module.named_parameters()}
-        state = 0
-        with quiet():
-            for optimizer in step.optimizers:
-                optimizer.state.clear()
-                state += measure_state(low_bit.transform_optimizer(optimizer, names), mode)[0]
+    parameters = list_parameters(module, blocks)
+    names, state, sharded_state, flat_state = parameter_names(module), 0, 0, 0
+    low_bits = [transform for transform in transforms if isinstance(transform, LowBitOptimizer)]
+    with quiet():
+        for optimizer in step.optimizers:
+            plain = measure_state(optimizer, mode)
+            flat = measure_flat_state(optimizer, mode)
+            trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+            own, single = sum(p.numel() * p.element_size() for p in trained), sum(p.numel() * 4 for p in trained)
+            flat_state += plain * single // max(own, 1) if flat is None else flat
+            for transform in transforms:
+                optimizer = transform.transform_optimizer(optimizer, names)
+            changed = measure_state(optimizer, mode) if low_bits else plain
+            state += changed
+            sharded_state += changed if all(takes_fsdp2(transform) for transform in low_bits) else plain
     buffers = {storage_key(buffer): buffer.untyped_storage().nbytes() for buffer in module.buffers()}
     return Model(
-        parameters=list_parameters(module),
+        parameters=parameters,
         state=state,
-        plain_state=plain_state,
-        master_state=master_state,
+        sharded_state=sharded_state,
+        flat_state=flat_state,
         buffers=sum(buffers.values()),
-        activations=step.peak or 0,
-        casts=step.casts or 0,
+        activations=step.kept,
+        casts=step.casts,
+        passing=step.passing,
+        accumulates=accumulates,
         pure_fp16_under_zero=precision == "16-mixed",
+        refusals=_refusals(module, step.optimizers, precision),
     )
+
+
+def takes_fsdp2(transform: OptimizerTransform) -> bool:
+    """Whether a callback works under ``FullyShardStrategy``."""
+    return "FullyShardStrategy" in transform.contract.accepts
+
+
+def _refusals(module: nn.Module, optimizers: list[Optimizer], precision: str) -> dict[str, str]:
+    """Why strategies can't be used, by name; as the strategies themselves refuse it."""
+    found = {}
+    if len(optimizers) > 1:
+        found["accel_zero"] = "several optimizers"
+    whole = [type(optimizer).__name__ for optimizer in optimizers if type(optimizer).__name__ in NOT_ON_SHARDS]
+    dtypes: set[torch.dtype] = {parameter.dtype for parameter in module.parameters() if parameter.requires_grad}
+    if precision == "16-mixed":
+        found["accel_fsdp2"] = "not in 16-mixed"
+    elif whole:
+        found["accel_fsdp2"] = f"not with {whole[0]}"
+    elif len(dtypes) > 1:
+        found["accel_fsdp2"] = "several dtypes"
+    return found
 
 
 def make_plan(
@@ -227,8 +316,10 @@ def make_plan(
     precision: str = "32-true",
     batch_size: int = 0,
     low_bit: bool = False,
+    settings: Settings | None = None,
     notes: tuple[str, ...] = (),
 ) -> Plan:
     """Compare all strategies; the arguments are the attributes of :class:`Plan`."""
-    usages = tuple(memory_usage(name, model, devices * nodes) for name in STRATEGIES)
-    return Plan(model, usages, devices, nodes, device_memory, headroom, precision, batch_size, low_bit, notes)
+    settings = settings or Settings()
+    usages = tuple(memory_usage(name, model, devices * nodes, settings) for name in STRATEGIES)
+    return Plan(model, usages, devices, nodes, device_memory, headroom, precision, batch_size, low_bit, settings, notes)
