@@ -7,9 +7,6 @@ import importlib.util
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
-from lightning.pytorch.utilities import rank_zero_info
-
 from lightning_accel.strategies.zero_config import ZERO_NAMES
 
 if TYPE_CHECKING:
@@ -31,6 +28,8 @@ STRATEGY_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def register_strategies() -> None:
     """Register every name with Lightning; a name that is there already is left as it is."""
+    from lightning.pytorch.strategies import StrategyRegistry
+
     for name, (path, arguments) in STRATEGY_NAMES.items():
         if name not in StrategyRegistry:
             StrategyRegistry.register(name, _Maker(path), description=path.rpartition(".")[2], **arguments)
@@ -56,6 +55,9 @@ def zero1(**options: Any) -> ZeROStrategy | ZeroRedundancyStrategy:
     Raises:
         ImportError: If deepspeed is not installed, and an option is one that only it has.
     """
+    from lightning.pytorch.strategies import DDPStrategy
+    from lightning.pytorch.utilities import rank_zero_info
+
     from lightning_accel.strategies.zero import ZeROStrategy
     from lightning_accel.strategies.zero_redundancy import ZeroRedundancyStrategy
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from types import MethodType
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from lightning_accel.errors import NoEffectWarning
 from lightning_accel.hooks.tensors import tensors_in
 
-__all__ = ["ShardedOptimizer", "split_by_size"]
+__all__ = ["ShardedOptimizer", "shard_optimizer", "split_by_size"]
 
 _SENT = 2**20
 """The most bytes of parameters that are copied to be sent as one; a larger parameter is sent from where it is."""
@@ -256,6 +256,19 @@ class ShardedOptimizer(ZeroRedundancyOptimizer):
         if callable(value):
             raise AttributeError(f"`{name}` of {type(self).__name__} can't act on the part of a rank. {_WAY_OUT}")
         return value
+
+
+def shard_optimizer(optimizer: Optimizer) -> Optimizer:
+    """Split an optimizer, unless it is split already, or is what stands for the one that a module has not."""
+    if isinstance(optimizer, ZeroRedundancyOptimizer) or not any(group["params"] for group in optimizer.param_groups):
+        return optimizer
+    return _class_named(type(optimizer).__name__)(optimizer)
+
+
+@cache
+def _class_named(name: str) -> type[ShardedOptimizer]:
+    # The name stays, since loggers and LearningRateMonitor show it.
+    return type(name, (ShardedOptimizer,), {"__module__": __name__})
 
 
 class _Once:

@@ -168,8 +168,10 @@ class Held(Net):
 def both(strategy: Any = NAME, ddp: str = "ddp", **arguments: Any) -> dict[str, Any]:
     """The fit under DDP and under the strategy."""
     arguments = {"max_epochs": 1, **arguments}
-    trainer, _, sharded = fit(strategy, **arguments)
+    trainer, module, sharded = fit(strategy, **arguments)
     assert all(isinstance(optimizer, ShardedOptimizer) for optimizer in trainer.optimizers)
+    assert all(config.scheduler.optimizer in trainer.optimizers for config in trainer.lr_scheduler_configs)
+    assert "step" not in vars(getattr(module, "held", module))  # an optimizer that the module keeps is as before
     return {"ddp": fit(ddp, **arguments)[2], "sharded": sharded}
 
 
