@@ -1,10 +1,13 @@
 """A run that is killed and started again, for the tests and the benchmark of restarts.
 
-    torchrun --nproc-per-node 2 --max-restarts 3 -m tests.strategies.restart_scenarios FOLDER STRATEGY [KILL ...]
+    torchrun --nproc-per-node 2 --max-restarts 3 -m tests.strategies.restart_scenarios FOLDER STRATEGY,... [KILL ...]
 
-trains a small module with dropout, batch norm, a schedule and accumulation, and saves every two steps. A KILL is
-``start:rank:step:where``: in that start (0 is the first) that rank gets SIGKILL at that step, ``where`` being "batch"
-(when a batch begins), "save" (when a checkpoint is made) or "write" (when it is written, but not in its place).
+trains a small module with dropout, batch norm, a schedule and accumulation, and saves every two steps; under one
+strategy after another, each in a folder of its name, and what an earlier start has finished is passed over. A KILL is
+``strategy:start:rank:step:where``: in that start (0 is the first) that rank gets SIGKILL at that step, ``where`` being
+"batch" (when a batch begins), "save" (when a checkpoint is made), "shard" (when the rank has its file open, or reads
+it again) or "move" (when the checkpoint is whole, but not in its place). A strategy that is named ``whole NAME`` is
+NAME in a folder of its own, without kills.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,12 +27,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from lightning_accel import AutoResume, ExactResume
-from lightning_accel.hooks import atomic
 from lightning_accel.strategies.ddp import RestartableDDPStrategy
 from tests.durability.runs import Net, loader, seed
-from tests.strategies.launch import serve
 
 STEPS = 18
+EVENTS = {"shard": "open", "move": "os.rename"}  # what Python tells audit hooks
 
 
 class Kill(Callback):
@@ -43,14 +46,11 @@ class Kill(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self.where == "write":  # the file is whole, but still beside its place
-            flush = atomic._flush
+        def audit(event: str, arguments: tuple[Any, ...]) -> None:
+            if event == EVENTS.get(self.where) and ".partial" in str(arguments[0]):
+                self.now(trainer, self.where)
 
-            def killed(path: Path) -> None:
-                self.now(trainer, "write")
-                flush(path)
-
-            atomic._flush = killed
+        sys.addaudithook(audit)
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         self.now(trainer, "batch")
@@ -60,13 +60,18 @@ class Kill(Callback):
 
 
 class Progress(Callback):
-    """Writes each rank's process and step, for one who kills from outside."""
+    """Writes each rank's process, step and time, for one who kills from outside."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        (self.folder / f"at.{trainer.global_rank}").write_text(f"{os.getpid()} {trainer.global_step}")
+        file = self.folder / f"at.{trainer.global_rank}"
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        (self.folder / "new").with_suffix(file.suffix).write_text(
+            f"{os.getpid()} {trainer.global_step} {start} {time.time()}"
+        )
+        os.replace((self.folder / "new").with_suffix(file.suffix), file)
 
 
 def make_strategy(name: str) -> Strategy:
@@ -85,9 +90,6 @@ def make_strategy(name: str) -> Strategy:
 
 def train(folder: Path, name: str, kills: list[Kill], steps: int = STEPS) -> dict[str, Any]:
     """Train, or go on training; return the weights, the schedule and the step at the end."""
-    for logger in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
     seed(0)
     folder.mkdir(parents=True, exist_ok=True)
     save = ModelCheckpoint(
@@ -109,51 +111,29 @@ def train(folder: Path, name: str, kills: list[Kill], steps: int = STEPS) -> dic
     )
     module = Net(total_steps=steps)
     trainer.fit(module, loader())
-    # AutoResume finds what was saved last, wherever the run began
-    return {"weights": full_weights(trainer), "step": trainer.global_step, "rate": rate(trainer)}
+    weights = {key: getattr(value, "full_tensor", value.detach)().clone() for key, value in module.state_dict().items()}
+    rate = float(trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0])
+    left = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    return {"weights": weights, "step": trainer.global_step, "rate": rate, "left": left}
 
 
-def full_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    state: dict[str, Any] = trainer.strategy.lightning_module_state_dict()
-    return {name: value.detach().clone() for name, value in (state or {}).items()}
-
-
-def rate(trainer: Trainer) -> float:
-    return float(trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0])
-
-
-def main(folder: Path, name: str, kills: list[str]) -> None:
+def main(folder: Path, names: list[str], kills: list[str]) -> None:
     torch.set_num_threads(1)
-    result = train(folder, name, [Kill(*kill.split(":")) for kill in kills])
-    result["restarts"] = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    torch.save(result, folder / f"result.{os.environ['RANK']}.pt")
+    warnings.simplefilter("ignore")
+    for logger in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    steps = int(os.environ.get("STEPS", STEPS))
+    for name in names:
+        result = folder / f"{name}.pt"
+        if result.exists():
+            continue
+        of_name = [kill.split(":")[1:] for kill in kills if kill.split(":")[0] == name]
+        ended = train(folder / name, name.removeprefix("whole "), [Kill(*kill) for kill in of_name], steps)
+        ended["restarts"] = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        if os.environ["RANK"] == "0":
+            torch.save(ended, folder / "new.pt")
+            os.replace(folder / "new.pt", result)
 
-
-def uninterrupted(name: str) -> Any:
-    return lambda folder: train(folder / name, name, [])
-
-
-def equal_to_ddp(folder: Path) -> list[Any]:
-    return [train(folder / f"equal {name}", name, []) for name in ("ddp", "accel_ddp")]
-
-
-def again_in_one_process(folder: Path) -> int:
-    """The group is made, destroyed, and made again, as in a notebook."""
-    for number in range(2):
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-        result = train(folder / f"again {number}", "accel_ddp", [], steps=2)
-    return int(result["step"])
-
-
-SCENARIOS = {
-    "again in one process": again_in_one_process,
-    "equal to ddp": equal_to_ddp,
-    **{name: uninterrupted(name) for name in ("accel_ddp", "zero2", "fsdp2")},
-}
 
 if __name__ == "__main__":
-    if sys.argv[2] in SCENARIOS and "TORCHELASTIC_RUN_ID" not in os.environ:
-        serve(SCENARIOS)
-    else:
-        main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    main(Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3:])
