@@ -90,10 +90,11 @@ def with_keys(spec: Spec, keys: tuple[str, str] | None) -> Spec:
 MANUAL_ACCUMULATION = "GradientAccumulation can't work with manual optimization.*set `automatic_optimization = True`"
 TRAINER_ACCUMULATION = "remove `accumulate_grad_batches` from the Trainer"
 
-NO_BLOCKS = {
-    **dict.fromkeys(("zero1", "zero2", "zero3"), "LowBitOptimizer can't work with ZeROStrategy: its flat partitions"),
-    "fsdp2": "LowBitOptimizer can't work with FullyShardStrategy: .* 8-bit blocks",
-}
+NO_BLOCKS = dict.fromkeys(
+    ("zero1", "zero2", "zero3"),
+    "LowBitOptimizer can't work with ZeROStrategy: its flat partitions run across parameters",
+)
+NO_KERNELS = {**NO_BLOCKS, "fsdp2": "bitsandbytes has no kernels for sharded parameters. Use backend='generic'"}
 NO_RANKING = {
     "zero3": "GradualPruning can't work with ZeROStrategy at stage 3: it shards the weights.*Stages 1 and 2 work too",
     "fsdp2": "GradualPruning can't work with FullyShardStrategy: it shards the weights",
@@ -105,7 +106,7 @@ MIX = [use("augment.MixUp", alpha=0.4, per_sample=True), use("augment.CutMix", p
 
 AUGMENTATION = use("BatchAugmentation", transforms=[FLIP, CROP, *MIX])
 SMOOTHING = use("LabelSmoothing", smoothing=0.1)
-LOW_BIT = use("LowBitOptimizer", min_size=256)
+LOW_BIT = use("LowBitOptimizer", min_size=512)  # half of it is whole blocks: sharded over two ranks nothing differs
 ACCUMULATION = use("GradientAccumulation", factor=2)
 PRUNING = use("GradualPruning", amount=0.8, start="0.1fit", end="0.7fit", every="2step")
 
@@ -199,7 +200,7 @@ METHODS = [
         "LowBitOptimizer bitsandbytes",
         [use("LowBitOptimizer", backend="bitsandbytes", min_size=256)],
         single=1e-4,  # a last bit decides how a value that lies between two codes is rounded
-        refused=NO_BLOCKS,
+        refused=NO_KERNELS,
         neutral=[use("LowBitOptimizer", backend="bitsandbytes", min_size=1_000_000)],
         neutral_warning="LowBitOptimizer has no effect",
     ),
@@ -235,6 +236,7 @@ METHODS = [
     Method(
         "EMA",
         [use("EMA", decay=0.9, every="2step", start="0.1fit")],
+        refused={"zero3": "EMA can't work with ZeROStrategy at stage 3, which holds no whole weights"},
         neutral=[use("EMA", decay=0.0)],
         silent="it trains nothing otherwise: it changes what is evaluated, and what is left in the end",
         bad=(

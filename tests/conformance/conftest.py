@@ -10,6 +10,7 @@ import pytest
 from tests.conformance.processes import made_once
 from tests.conformance.ranks import launch
 from tests.conformance.resume import make_runs
+from tests.conformance.strategies import run_all
 
 Make = Callable[[Path, list[str], list[str]], None]
 
@@ -40,3 +41,9 @@ def resume_runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 def rank_runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with what each of two ranks left of every run."""
     return made(request, tmp_path_factory, "rank_runs", launch)
+
+
+@pytest.fixture(scope="session")
+def strategy_runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with what each of two ranks left of every run under a strategy."""
+    return made(request, tmp_path_factory, "strategy_runs", lambda folder, names, _: run_all(folder, names))

@@ -183,8 +183,6 @@ RESUMED: dict[str, Callable[[str, Path], Any]] = {
     "offload 3": resumed(zero(3, offload_optimizer="cpu"), **ACCUMULATE),
     "bfloat16 1": resumed(zero(1), precision="bf16-true", **ACCUMULATE),
     "bfloat16 2": resumed(zero(2), precision="bf16-true", **ACCUMULATE),
-    "bfloat16 3": resumed(zero(3), precision="bf16-true", **ACCUMULATE),
-    "manual 2": resumed(zero(2), ManualNet),
     "manual 3": resumed(zero(3), ManualNet),
     **{
         f"{schedule} {stage}": resumed(
@@ -193,8 +191,12 @@ RESUMED: dict[str, Callable[[str, Path], Any]] = {
             lambda: [ExactResume(), Unfreeze()],
             LATE_STOPS,
         )
-        for schedule, optimizer in (("SequentialLR", "adamw"), ("ChainedScheduler", "adamw"), ("OneCycleLR", "sgd"))
-        for stage in (2, 3)
+        for schedule, optimizer, stage in (
+            ("SequentialLR", "adamw", 3),
+            ("ChainedScheduler", "adamw", 2),
+            ("OneCycleLR", "sgd", 2),
+            ("OneCycleLR", "sgd", 3),
+        )
     },
 }
 NOT_EXACT = {"nothing": resumed(zero(2), callbacks=list, **ACCUMULATE)}

@@ -59,6 +59,21 @@ class HiddenRandom(AccelCallback):
                 parameter.grad.add_(0.01 * torch.randn(parameter.grad.shape, generator=self.generator))
 
 
+class HiddenScale(BatchTransform):
+    """Scales the input by a count of batches that it does not save."""
+
+    contract = WRONG
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def transform_batch(self, batch: Any, generator: torch.Generator) -> Any:
+        x, y = batch
+        self.count += 1
+        return x * (1 + 0.1 * self.count), y
+
+
 class NotNeutral(AccelCallback):
     """At strength 0 still moves the weights by a last bit."""
 
