@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightning_accel.optimizers.fused import FusedOptimizer
     from lightning_accel.optimizers.gradient_clipping import GradientClipping
     from lightning_accel.optimizers.low_bit import LowBitOptimizer
+    from lightning_accel.optimizers.muon import Muon
     from lightning_accel.pruning.gradual import GradualPruning
     from lightning_accel.schedules import Duration
     from lightning_accel.strategies.ddp import RestartableDDPStrategy
@@ -40,6 +41,7 @@ __all__ = [
     "GradualPruning",
     "LabelSmoothing",
     "LowBitOptimizer",
+    "Muon",
     "NoEffectWarning",
     "RestartableDDPStrategy",
     "ZeROStrategy",
@@ -59,6 +61,7 @@ _HOME = {
     "GradualPruning": "pruning.gradual",
     "LabelSmoothing": "augment.label_smoothing",
     "LowBitOptimizer": "optimizers.low_bit",
+    "Muon": "optimizers.muon",
     "NoEffectWarning": "errors",
     "RestartableDDPStrategy": "strategies.ddp",
     "ZeROStrategy": "strategies.zero",

@@ -234,6 +234,47 @@ METHODS = [
         neutral=[use("GradualPruning", amount=0.0, scope="layer")],
     ),
     Method(
+        "Muon",
+        [use("Muon", exclude=["again"])],
+        refused=dict.fromkeys(
+            ("zero1", "zero2", "zero3", "fsdp2"), "Muon can't work with .*: orthogonalising needs whole matrices"
+        ),
+        neutral=[use("Muon", include=[])],
+        single=1e-3,  # it orthogonalises in bfloat16, where a last bit of the gradient shows
+        bad=(
+            ({"include": "hidden"}, TypeError, "include"),
+            ({"exclude": ["("]}, ValueError, "exclude"),
+            ({"momentum": 1.0}, ValueError, "momentum"),
+            ({"nesterov": 1}, TypeError, "nesterov"),
+            ({"weight_decay": -1}, ValueError, "weight_decay"),
+            ({"adjust_lr": "up"}, ValueError, "adjust_lr"),
+            ({"ns_steps": 0}, ValueError, "ns_steps"),
+        ),
+    ),
+    Method(
+        "GradientClipping",
+        [use("GradientClipping", threshold=0.1)],
+        neutral=[use("GradientClipping", threshold=float("inf"))],
+        manual="GradientClipping can't work with manual optimization.*Call `self.clip_gradients",
+        bad=(
+            ({"threshold": 0}, ValueError, "threshold"),
+            ({"threshold": "much"}, TypeError, "threshold"),
+            ({"by": "hand"}, ValueError, "by"),
+            ({"by": "adaptive", "exclude": "head"}, TypeError, "exclude"),
+            ({"by": "adaptive", "exclude": ["("]}, ValueError, "exclude"),
+            ({"eps": 0}, ValueError, "eps"),
+        ),
+    ),
+    Method(
+        "GradientClipping adaptive",
+        [use("GradientClipping", threshold=0.002, by="adaptive", exclude=["head"])],
+        refused=dict.fromkeys(
+            ("zero1", "zero2", "zero3"), "by='adaptive'.*can't work with ZeROStrategy: its engine splits gradients"
+        ),
+        neutral=[use("GradientClipping", threshold=float("inf"), by="adaptive")],
+        manual="GradientClipping can't work with manual optimization.*Call `self.clip_gradients",
+    ),
+    Method(
         "EMA",
         [use("EMA", decay=0.9, every="2step", start="0.1fit")],
         refused={"zero3": "EMA can't work with ZeROStrategy at stage 3, which holds no whole weights"},

@@ -118,7 +118,7 @@ def use_bitsandbytes_(
     mixed = type(base.__name__, (BitsAndBytesState, kernel, base), {"__module__": __name__, "_kernel": kernel})
     plan = LowBitPlan(min_size, set(keep), names=names or {}, say=say)
     before = optimizer.state_dict() if optimizer.state else None
-    retype_(optimizer, mixed, plan)
+    retype_(optimizer, mixed, low_bit=plan)
     for name, value in vars(donor).items():
         vars(optimizer).setdefault(name, value)
     # its `step` neither unscales gradients itself nor has a fused form

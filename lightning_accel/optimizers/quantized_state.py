@@ -147,15 +147,15 @@ def quantize_optimizer_(
         raise ValueError(f"Expected an optimizer whose state can be quantised, but {reason}.")
     plan = LowBitPlan(min_size, set(keep), {**MOMENTS, **(moments or {})}, names or {}, say, warn)
     base = type(optimizer)
-    retype_(optimizer, _quantized_class(base), plan)
+    retype_(optimizer, _quantized_class(base), low_bit=plan)
     _encode(optimizer, _parameters(optimizer), plan)
     return optimizer
 
 
-def retype_(optimizer: Optimizer, cls: type[Optimizer], plan: LowBitPlan) -> None:
-    """Make an optimizer an object of ``cls``, a subclass of its class, and give it its plan."""
+def retype_(optimizer: Optimizer, cls: type[Optimizer], **attributes: Any) -> None:
+    """Make an optimizer an object of ``cls``, a subclass of its class, and give it the attributes that it declares."""
     optimizer.__class__ = cls
-    optimizer.low_bit = plan  # type: ignore[attr-defined]  # declared by the classes that this becomes
+    vars(optimizer).update(attributes)
     if vars(optimizer).pop("step", None) is not None:
         # A scheduler put a wrapper there, bound to the former class's `step`, to notice that `step` was called.
         reference = weakref.ref(optimizer)
