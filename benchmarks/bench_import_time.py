@@ -33,7 +33,7 @@ def main() -> None:
     """Print the table, and the optional packages that were imported: none."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one round, to see that it runs")
-    rounds = 1 if parser.parse_args().quick else 9
+    rounds = 1 if parser.parse_args().quick else 5
     print(environment())
     seconds: dict[str, list[float]] = {name: [] for name in SIDES}
     for number in range(rounds + 1):
