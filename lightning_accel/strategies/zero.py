@@ -49,6 +49,7 @@ from lightning_accel.strategies.zero_engine import (
     ModuleState,
     compiled_ops_explained,
     forget_stale_groups,
+    mend_stage_3,
     partitions_of,
     run_config,
 )
@@ -324,6 +325,8 @@ class ZeROStrategy(ZeROCheckpoints):
             optimizer=optimizer,
             dist_init_required=False,
         )
+        if self.zero_stage_3:
+            mend_stage_3(engine)
         state.made()
         self._module_state = state
         return engine, zero_optimizer

@@ -6,6 +6,7 @@ import copy
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -16,6 +17,7 @@ __all__ = [
     "ModuleState",
     "compiled_ops_explained",
     "forget_stale_groups",
+    "mend_stage_3",
     "partitions_of",
     "run_config",
 ]
@@ -83,6 +85,37 @@ def compiled_ops_explained() -> Iterator[None]:
             "compiler, offload with an optimizer of torch.optim instead of one of DeepSpeed. The error: "
             f"{text.strip()[:500]}"
         ) from error
+
+
+def mend_stage_3(engine: Any) -> None:
+    """Mend what DeepSpeed 0.19 does wrong at stage 3."""
+    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+    # The record of a step, by which it fetches ahead, is begun at each call of the module: the `self(x)` of a
+    # `training_step`, a call within one, breaks it off, and every layer would be fetched alone, and waited for.
+    offload.fwd_pre_hook.remove()
+    offload.fwd_pre_hook = engine.register_forward_pre_hook(lambda *_: offload.get_param_coordinator().reset_step())
+    swapper = getattr(engine.optimizer, "optimizer_swapper", None)
+    if swapper is not None:
+        swapper._adjust_for_misaligned_lengths = partial(_split_gradients, swapper)
+
+
+def _split_gradients(swapper: Any, tensors: Sequence[Tensor], offsets: Sequence[int]) -> tuple[list[Any], list[int]]:
+    """The parts of gradients that go to a disk, or are too small for it and stay in memory.
+
+    A gradient is read back to its place in the partition: what comes before a multiple of the disk's block there is
+    made a small part, since the disk can't be read to such an address and DeepSpeed would see no error.
+    """
+    parts: list[Tensor] = []
+    places: list[int] = []
+    for tensor, offset in zip(tensors, offsets, strict=True):
+        if swapper.is_swappable_tensor(tensor=tensor) and (ahead := -offset % swapper.numel_alignment):
+            parts.append(tensor.narrow(0, 0, ahead))
+            places.append(offset)
+            tensor, offset = tensor.narrow(0, ahead, tensor.numel() - ahead), offset + ahead
+        parts.append(tensor)
+        places.append(offset)
+    found: tuple[list[Any], list[int]] = type(swapper)._adjust_for_misaligned_lengths(swapper, parts, places)
+    return found
 
 
 def partitions_of(optimizer: Any, parameters: Sequence[Tensor]) -> list[tuple[int, Tensor, dict[str, Tensor]] | None]:
