@@ -7,7 +7,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 import lightning
 import torch
 
-__all__ = ["Timing", "environment", "interleaved", "table"]
+__all__ = ["Timing", "compare", "environment", "interleaved", "shuffled", "table"]
 
 torch.set_num_threads(1)
 
@@ -46,16 +46,22 @@ def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int, warmup:
         rounds: How often each is called.
         warmup: How often each is called first without counting.
     """
-    order, shuffler = list(functions), random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for number in range(-warmup, rounds):
-        shuffler.shuffle(order)
+    for number, order in enumerate(shuffled(list(functions), warmup + rounds), -warmup):
         for name in order:
             began = time.perf_counter()
             functions[name]()
             if number >= 0:
                 seconds[name].append(time.perf_counter() - began)
     return compare(seconds)
+
+
+def shuffled(names: list[str], rounds: int) -> Iterator[list[str]]:
+    """The names in another order each round, the same in every process."""
+    order, shuffler = list(names), random.Random(0)
+    for _ in range(rounds):
+        shuffler.shuffle(order)
+        yield order
 
 
 def compare(seconds: Mapping[str, list[float]]) -> dict[str, Timing]:

@@ -197,10 +197,10 @@ def _open_distributed(path: Path, optimizer: bool) -> _Source:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load as load_with_ranks
 
-    from lightning_accel.strategies.sharded_state import empty_groups
+    from lightning_accel.strategies.sharded_state import empty_groups, explained
 
     def load(holder: dict[str, Any]) -> None:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), explained(f"{path} can't be read"):
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should be
             load_with_ranks(holder, checkpoint_id=path, no_dist=True)
 

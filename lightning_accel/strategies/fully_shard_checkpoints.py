@@ -12,6 +12,7 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
@@ -122,12 +123,14 @@ class FullyShardCheckpoints(ModelParallelStrategy):
             return str(begun[0].folder)
 
         def end() -> None:
-            mark = {"tied": sharded_state.tied_names(self._module)}
+            mark = {"tied": sharded_state.tied_names(self._module), "ranks": self.world_size}
             torch.save({**checkpoint, MARK: mark}, begun[0].folder / _META)
             begun[0].publish()
 
         try:
-            save(sharded, checkpoint_id=self._on_rank_zero(begin))
+            folder = self._on_rank_zero(begin)
+            with sharded_state.explained(f"The checkpoint {path} could not be written"):
+                save(sharded, checkpoint_id=folder)
             self._on_rank_zero(end)
         except BaseException:
             for unfinished in begun:
@@ -179,6 +182,12 @@ class FullyShardCheckpoints(ModelParallelStrategy):
             )
         checkpoint: dict[str, Any] = torch.load(path / _META, map_location="cpu", weights_only=weights_only)
         check_manifest(path, checkpoint)
+        saved_by = checkpoint.pop(MARK, {}).get("ranks", self.world_size)
+        if saved_by != self.world_size:
+            rank_zero_info(
+                f"{path} was saved by {saved_by} rank(s), this run has {self.world_size}: each rank reads the part "
+                "that is now its own."
+            )
         self._directory = path
         if sharded_state.saved_optimizers(path):
             checkpoint["optimizer_states"] = []  # Lightning looks for them, and then asks for them by the method below

@@ -6,20 +6,25 @@ The directory has the format of torch's distributed checkpoint with Lightning's 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
+from lightning_accel.hooks.atomic import CheckpointError
+
 __all__ = [
     "empty_groups",
+    "explained",
     "gather",
     "load_optimizer",
     "load_weights",
@@ -30,6 +35,20 @@ __all__ = [
     "shard_state_dict",
     "tied_names",
 ]
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Say in one sentence what went wrong on which rank; torch's error is no ``Exception``, and all tracebacks at once.
+
+    Raises:
+        CheckpointError: On every rank.
+    """
+    try:
+        yield
+    except CheckpointException as error:
+        causes = [f"rank {rank}: {type(cause).__name__}: {cause}" for rank, (cause, _) in error.failures.items()]
+        raise CheckpointError(f"{what}. {' '.join(causes)}") from error
 
 
 def shard_like(value: Tensor, like: DTensor) -> DTensor:
@@ -138,7 +157,8 @@ def load_weights(path: Path, module: nn.Module, strict: bool = True) -> None:
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise RuntimeError(f"{path} is no checkpoint of this {type(module).__name__}: {'; '.join(wrong[:5])}{more}.")
     state = {"state_dict": {name: value for name, value in own.items() if name in saved}}
-    load(state, checkpoint_id=path)
+    with explained(f"{path} can't be loaded"):
+        load(state, checkpoint_id=path)
     module.load_state_dict(state["state_dict"], strict=False)
 
 
@@ -184,7 +204,8 @@ def load_optimizer(path: Path, number: int, optimizer: Optimizer, module: nn.Mod
                     empty = torch.zeros(entry.size, dtype=dtype)
             state.setdefault(names[parameter], {})[name] = empty
     loaded: dict[str, Any] = {root: {"state": state, "param_groups": groups}}
-    load(loaded, checkpoint_id=path)
+    with explained(f"{path} can't be loaded"):
+        load(loaded, checkpoint_id=path)
     loaded = loaded[root]
     number_of = {name: index for index, name in enumerate(names[parameter] for parameter in _parameters(optimizer))}
     optimizer.load_state_dict(

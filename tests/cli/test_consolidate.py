@@ -29,6 +29,25 @@ def test_a_plain_checkpoint(plain: Path, tmp_path: Path) -> None:
         assert torch.equal(state["w"], torch.arange(6.0).view(2, 3)) and state["n"] == 3
 
 
+def test_views_and_shared_memory(tmp_path: Path) -> None:
+    """What is stored crosswise, in a part of a larger piece, or twice."""
+    from safetensors.torch import load_file
+
+    whole = torch.arange(12.0).view(3, 4)
+    tensors = {"crosswise": whole.t(), "part": whole[1:, ::2], "tied": whole, "again": whole, "none": torch.zeros(0, 3)}
+    tensors["bf16"] = whole.bfloat16()
+    torch.save({"state_dict": tensors}, "views.ckpt")
+    for out in ("a.ckpt", "a.safetensors"):
+        assert main(["consolidate", "views.ckpt", str(tmp_path / out)]) == 0
+    for state in (
+        torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"],
+        load_file(tmp_path / "a.safetensors"),
+    ):
+        assert state.keys() == tensors.keys()
+        for name, value in tensors.items():
+            assert torch.equal(state[name], value) and state[name].dtype == value.dtype, name
+
+
 def test_a_class_that_is_not_trusted_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"state_dict": {}, "hyper_parameters": {"path": tmp_path}}, "odd.ckpt")
     assert main(["consolidate", "odd.ckpt", "a.ckpt"]) == 1

@@ -64,7 +64,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_runs(folder: Path) -> None:
     use = [*(f"used-{kind}" for kind in ("1", "2", "3", "fsdp2")), "kept-2", "kept-fsdp2"]
-    use += ["damaged-2", "damaged-fsdp2"]
+    use += ["damaged-2", "damaged-fsdp2", "full-2", "full-fsdp2"]
     with contextlib.suppress(AssertionError):  # of the rank that is killed
         launch(MODULE, folder / "two", [*SAVED, *SAME, *use, "killed-2"])
     launch(

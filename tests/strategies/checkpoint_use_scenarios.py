@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_accel import AutoResume
+from lightning_accel.strategies import fully_shard_checkpoints, zero_checkpoints
 from tests.strategies import checkpoint_scenarios
 from tests.strategies.checkpoint_scenarios import WORLD, Net, fit, loader, make_trainer
 from tests.strategies.launch import serve
@@ -102,9 +104,15 @@ def used(kind: str) -> Callable[[Path], Any]:
 
 
 def scored(kind: str, source: str) -> Callable[[Path], Any]:
-    """Evaluate what the best of two ranks was, of that kind."""
-    path = f"top-{source}/last.ckpt"
-    return lambda folder: test(make_trainer(kind), Scored(), folder.parent / "two" / path)
+    """Evaluate the last one of two ranks of that kind, and what is said of it."""
+
+    def scenario(folder: Path) -> Any:
+        module = fully_shard_checkpoints if kind == "fsdp2" else zero_checkpoints
+        with mock.patch.object(module, "rank_zero_info") as said:
+            score = test(make_trainer(kind), Scored(), folder.parent / "two" / f"top-{source}" / "last.ckpt")
+        return {"score": score, "said": [call.args[0] for call in said.call_args_list]}
+
+    return scenario
 
 
 def kept(kind: str) -> Callable[[Path], Any]:
@@ -190,7 +198,34 @@ def damaged(kind: str) -> Callable[[Path], Any]:
         if kind == "fsdp2":
             result["other kind"] = said(folder / "damaged-2" / "whole.ckpt")
         result["whole"] = said(whole)
+        result["different"] = message(lambda: make_trainer(kind).fit(Scored(width=11 + RANK), loader()))
         return result
+
+    return scenario
+
+
+class Full(Callback):
+    """Leaves rank 1 without room on its disk, in the second save."""
+
+    def on_save_checkpoint(self, trainer: Trainer, *_: Any) -> None:
+        if (trainer.global_rank, trainer.global_step) == (1, 4):
+            torch.save = self.fail
+
+    def fail(self, *_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+
+def full(kind: str) -> Callable[[Path], Any]:
+    """A fit that ends because one rank can't write."""
+
+    def scenario(folder: Path) -> Any:
+        keep = ModelCheckpoint(folder / f"full-{kind}", filename="{step}", every_n_train_steps=2)
+        save = torch.save
+        try:
+            said = message(lambda: make_trainer(kind, keep, Full()).fit(Scored(), loader()))
+        finally:
+            torch.save = save
+        return {"said": said, "left": listed(folder / f"full-{kind}")}
 
     return scenario
 
@@ -244,6 +279,7 @@ FIND: dict[str, Callable[..., Callable[[Path], Any]]] = {
     "scored": scored,
     "kept": kept,
     "damaged": damaged,
+    "full": full,
     "killed": killed,
     "revived": revived,
 }

@@ -29,8 +29,11 @@ def test_validate_test_and_predict(runs: Path, kind: str, rank: int) -> None:
 
 @pytest.mark.parametrize(("name", "source"), [("1-3", "3"), ("3-2", "2"), ("fsdp2-fsdp2", "fsdp2")])
 def test_evaluates_at_another_number_of_ranks_and_another_stage(runs: Path, name: str, source: str) -> None:
-    there = outcome(runs / "two", f"used-{source}")["last"][0]
-    assert outcome(runs / "one", f"scored-{name}") == pytest.approx(there, abs=1e-6)
+    here = outcome(runs / "one", f"scored-{name}")
+    assert here["score"] == pytest.approx(outcome(runs / "two", f"used-{source}")["last"][0], abs=1e-6)
+    stages = ("", "") if source == "fsdp2" else (f" at stage {source}", f" at stage {name[0]}")
+    assert len(here["said"]) == 1
+    assert f"was saved by 2 rank(s){stages[0]}, this run has 1{stages[1]}: each rank reads the part" in here["said"][0]
 
 
 @pytest.mark.parametrize("kind", ["2", "fsdp2"])
@@ -68,8 +71,19 @@ def test_what_is_no_such_checkpoint(runs: Path, kind: str, rank: int) -> None:
     assert "absent.ckpt does not exist" in result["absent"]
     assert "Give the directory that ModelCheckpoint wrote, not one above or inside it." in result["above"]
     assert "first.weight" in result["other module"] and "(12, 6)" in result["other module"]
+    assert "rank 0" in result["different"] and "rank 1" in result["different"] and "(12, 6)" in result["different"]
     if kind == "fsdp2":
         assert "It is one of ZeRO: make a plain file of it" in result["other kind"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("kind", ["2", "fsdp2"])
+def test_one_rank_can_not_write(runs: Path, kind: str, rank: int) -> None:
+    """Both stop and say which and why; the checkpoint before stays, and nothing is beside it."""
+    result = outcome(runs / "two", f"full-{kind}", rank)
+    assert result["said"].startswith("CheckpointError: ") and "step=4.ckpt could not be written" in result["said"]
+    assert "rank 1: " in result["said"] and "No space left on device" in result["said"]
+    assert result["left"] == ["step=2.ckpt"]
 
 
 @pytest.mark.parametrize("kind", ["2", "fsdp2"])

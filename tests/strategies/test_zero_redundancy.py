@@ -169,9 +169,7 @@ def test_parameters_that_cannot_be_sent_are_refused(kind: str) -> None:
 def test_a_wrapper_with_a_state_beside_is_refused() -> None:
     """Which would be that of rank 0 alone in a checkpoint."""
     optimizer = Lookahead([torch.nn.Parameter(torch.zeros(3))], lr=0.1)
-    with pytest.raises(
-        Exception, match=rf"Lookahead can't be split: what it saves as 'slow' can't .* {WAY_OUT}"
-    ):
+    with pytest.raises(Exception, match=rf"Lookahead can't be split: what it saves as 'slow' can't .* {WAY_OUT}"):
         ShardedOptimizer(optimizer)
 
 
