@@ -84,22 +84,7 @@ def use_muon_(optimizer: Optimizer, matrices: Sequence[Tensor], **options: Any) 
     # The name stays, since loggers and LearningRateMonitor show it
     cls = type(base.__name__, (MuonStep, base), {"__module__": __name__, "_base": base})
     retype_(optimizer, cls, muon=inner, muon_decays="weight_decay" not in options)
-    optimizer.register_load_state_dict_post_hook(_look_at_loaded)
     return optimizer
-
-
-def _look_at_loaded(optimizer: Any) -> None:
-    """Drop the state of a matrix that was not Muon's when it was saved."""
-    for group in optimizer.muon.param_groups:
-        others = [parameter for parameter in group["params"] if optimizer.state.get(parameter)]
-        others = [parameter for parameter in others if "momentum_buffer" not in optimizer.state[parameter]]
-        for parameter in others:
-            del optimizer.state[parameter]
-        if others:
-            rank_zero_warn(
-                f"The checkpoint was saved without Muon: the momentum of {len(others)} matrices begins afresh, and "
-                f"what {type(optimizer).__name__} had for them is dropped."
-            )
 
 
 class MuonStep(Optimizer):
@@ -129,6 +114,27 @@ class MuonStep(Optimizer):
                 inner["weight_decay"] = group.get("weight_decay", 0.0)
         without_hooks(torch.optim.Muon.step)(self.muon)
         return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state; what an optimizer without Muon kept of a matrix is dropped, with a warning."""
+        matrices = {parameter for group in self.muon.param_groups for parameter in group["params"]}
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        ours = {number: item for number, item in zip(numbers, parameters, strict=False) if item in matrices}
+        others = {number: state for number, state in state_dict["state"].items() if number not in ours}
+        self._base.load_state_dict(self, {**state_dict, "state": others})  # which knows nothing of a matrix's state
+        dropped = 0
+        for number, parameter in ours.items():
+            saved = state_dict["state"].get(number, {})
+            if "momentum_buffer" in saved:
+                self.state[parameter] = {"momentum_buffer": saved["momentum_buffer"].to(parameter, copy=True)}
+            else:
+                dropped += bool(saved)
+        if dropped:
+            rank_zero_warn(
+                f"The checkpoint was saved without Muon: the momentum of {dropped} matrices begins afresh, and what "
+                f"{type(self).__name__} had for them is dropped."
+            )
 
 
 MuonStep.step = hooked(MuonStep.step)  # type: ignore[method-assign]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,21 @@ def test_what_a_checkpoint_without_it_held_is_dropped_with_a_warning() -> None:
         muon.load_state_dict(adam.state_dict())
     train(ours, muon, 1)
     assert list(muon.state[matrices[0]]) == ["momentum_buffer"]
+
+
+def test_a_state_is_loaded_bit_for_bit() -> None:
+    whole, resumed = model(), model()
+    first, second = (torch.optim.AdamW(m.parameters(), **ADAMW) for m in (whole, resumed))
+    for optimizer, module in ((first, whole), (second, resumed)):
+        use_muon_(optimizer, split(module)[0])
+    train(whole, first, 3)
+    resumed.load_state_dict(whole.state_dict())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))  # torch shares what it loads
+    train(whole, first, 3, start=3)
+    train(resumed, second, 3, start=3)
+    assert_equal(weights(resumed), weights(whole), "weights")
+    with pytest.raises(ValueError, match="doesn't match the size"):
+        second.load_state_dict(torch.optim.AdamW(list(whole.parameters())[:2]).state_dict())
 
 
 def test_hooks_of_the_optimizer_run_once_after_both_steps() -> None:
