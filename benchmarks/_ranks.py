@@ -128,6 +128,7 @@ def launch(script: str, ranks: int, out: Path, *arguments: str) -> Any:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     common = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    out.unlink(missing_ok=True)
     with out.with_suffix(".log").open("w") as log:
         processes = [
             subprocess.Popen(

@@ -151,10 +151,13 @@ def _step(engine: Any, frozen: set[int], changes: list[Callable[[Tensor], Any]])
         engine.step()
         return
 
+    # Not by their numbers: stages 1 and 2 step one group at a time
+    passed_over = [engine.basic_optimizer.param_groups[number] for number in frozen]
+
     def change(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for number, group in enumerate(optimizer.param_groups):
+        for group in optimizer.param_groups:
             for partition in group["params"]:
-                if number in frozen:  # as for a parameter without a gradient: no momentum, no weight decay
+                if any(group is other for other in passed_over):  # as without a gradient: no momentum, no decay
                     partition.grad = None
                 elif partition.grad is not None:
                     for function in changes:
