@@ -28,13 +28,16 @@ __all__ = [
     "RANK",
     "RANKS",
     "Model",
+    "Step",
     "Watch",
+    "bare_loop",
     "batches_of",
     "fit",
     "launch",
     "local_bytes",
     "restore_environment",
     "take_turns",
+    "timed",
 ]
 
 WIDTH, LAYERS, TOKENS, BATCH = 256, 4, 32, 4
@@ -61,6 +64,17 @@ class Model(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+class Step(nn.Module):
+    """The module's step as a forward, as DDP and DeepSpeed want it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = Model()
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return self.module.training_step(batch)
 
 
 class Watch(Callback):
@@ -109,6 +123,26 @@ def fit(strategy: Any, batches: int, watch: Callback, precision: Any = "32-true"
         use_distributed_sampler=False,
     )
     trainer.fit(Model(), loader)
+
+
+def timed(strategy: Any, batches: int) -> list[float]:
+    """CPU seconds of each batch of a fit."""
+    watch = Watch()
+    fit(strategy, batches, watch)
+    return watch.seconds
+
+
+def bare_loop(batches: int, loss_of: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer) -> list[float]:
+    """CPU seconds of each batch of the loop that one would write without a Trainer."""
+    seconds = []
+    for batch in batches_of(batches):
+        began = time.process_time()
+        loss = loss_of(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seconds.append(time.process_time() - began)
+    return seconds
 
 
 def take_turns(sides: Mapping[str, Callable[[], list[float]]], rounds: int) -> dict[str, list[float]]:

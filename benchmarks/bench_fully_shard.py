@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +18,7 @@ from typing import Any
 from _timing import compare, environment, table  # first: it sets the threads before torch is imported
 
 # isort: split
-from _ranks import RANK, RANKS, Model, Watch, batches_of, fit, launch, local_bytes, take_turns
+from _ranks import RANK, RANKS, Model, Watch, bare_loop, fit, launch, local_bytes, take_turns, timed
 from lightning.pytorch import LightningModule, Trainer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -48,30 +47,15 @@ class Held(Watch):
 
 def bare(batches: int) -> list[float]:
     """The loop that one would write with fully_shard: the same layers sharded, the same optimizer."""
-    loader, model, seconds = batches_of(batches), Model(), []
-    mesh = init_device_mesh("cpu", (RANKS,))
+    model, mesh = Model(), init_device_mesh("cpu", (RANKS,))
     for block in choose_blocks(model, ["TransformerEncoderLayer"])[0].values():
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    optimizer = model.configure_optimizers()
-    for batch in loader:
-        began = time.process_time()
-        loss = (model(batch) - batch).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        seconds.append(time.process_time() - began)
-    return seconds
+    return bare_loop(batches, lambda batch: (model(batch) - batch).square().mean(), model.configure_optimizers())
 
 
 def sharded(batches: int, **arguments: Any) -> list[float]:
     return timed(FullyShardStrategy(["TransformerEncoderLayer"], **arguments), batches)
-
-
-def timed(strategy: Any, batches: int) -> list[float]:
-    watch = Watch()
-    fit(strategy, batches, watch)
-    return watch.seconds
 
 
 def held(precision: Any) -> dict[str, int]:

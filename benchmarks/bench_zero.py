@@ -24,9 +24,8 @@ from _timing import compare, environment, table  # first: it sets the threads be
 # isort: split
 import torch
 import torch.distributed as dist
-from _ranks import RANK, RANKS, Model, Watch, batches_of, fit, launch, local_bytes, take_turns
+from _ranks import RANK, RANKS, Model, Step, bare_loop, batches_of, fit, launch, local_bytes, take_turns, timed
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_accel.strategies.zero import ZeROStrategy
@@ -92,17 +91,6 @@ def dist_gather(everyone: list[Any], watch: Held) -> None:
         dist.all_gather_object(everyone, own)
 
 
-class Step(nn.Module):
-    """The module's step as a forward, as an engine wants it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.module = Model()
-
-    def forward(self, batch: Tensor) -> Tensor:
-        return self.module.training_step(batch)
-
-
 def bare_engine(batches: int, config: dict[str, Any]) -> list[float]:
     """The loop that one would write with DeepSpeed."""
     import deepspeed
@@ -125,22 +113,8 @@ def bare_engine(batches: int, config: dict[str, Any]) -> list[float]:
 
 
 def bare_ddp(batches: int) -> list[float]:
-    loader, model, seconds = batches_of(batches), Step(), []
-    optimizer, model = model.module.configure_optimizers(), DistributedDataParallel(model)
-    for batch in loader:
-        began = time.process_time()
-        loss = model(batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        seconds.append(time.process_time() - began)
-    return seconds
-
-
-def timed(strategy: Any, batches: int) -> list[float]:
-    watch = Watch()
-    fit(strategy, batches, watch)
-    return watch.seconds
+    step = Step()
+    return bare_loop(batches, DistributedDataParallel(step), step.module.configure_optimizers())
 
 
 def rank_main(rounds: int, batches: int, out: Path) -> None:

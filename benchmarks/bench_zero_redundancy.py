@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,9 +20,8 @@ from _timing import compare, environment, table  # first: it sets the threads be
 # isort: split
 import torch
 import torch.distributed as dist
-from _ranks import RANKS, Model, Watch, batches_of, fit, launch, restore_environment, take_turns
+from _ranks import RANKS, Model, Step, Watch, bare_loop, fit, launch, restore_environment, take_turns, timed
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,35 +37,11 @@ class Held(Watch):
         self.bytes = optimizer_state_bytes(trainer.optimizers)
 
 
-class Step(nn.Module):
-    """The module's step as a forward, as DDP wants it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.module = Model()
-
-    def forward(self, batch: Tensor) -> Tensor:
-        return self.module.training_step(batch)
-
-
 def bare(batches: int) -> list[float]:
     """The loop that one would write with torch's ZeroRedundancyOptimizer."""
-    loader, model, seconds = batches_of(batches), DistributedDataParallel(Step()), []
+    model = DistributedDataParallel(Step())
     optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-3)
-    for batch in loader:
-        began = time.process_time()
-        loss = model(batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        seconds.append(time.process_time() - began)
-    return seconds
-
-
-def timed(strategy: Any, batches: int) -> list[float]:
-    watch = Watch()
-    fit(strategy, batches, watch)
-    return watch.seconds
+    return bare_loop(batches, model, optimizer)
 
 
 def rank_main(rounds: int, batches: int, out: Path) -> None:
