@@ -43,7 +43,7 @@ __all__ = [
 MANIFEST = "manifest.json"
 MARK = "lightning_accel_manifest"
 """A key in what was saved into a directory, which says that the directory was given a manifest."""
-_YOUNG = 10.0  # seconds: a folder is made first and locked a moment later
+_YOUNG = 10.0  # seconds after which a folder that is still to be locked was left by a killed writer
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _AT_FDCWD = -100  # fcntl.h
 
@@ -66,8 +66,10 @@ class PartialCheckpoint:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent)
         self.folder = _hidden(path)
-        self.folder.mkdir()
-        self._lock = _lock(self.folder)
+        unlocked = self.folder.with_suffix(".unlocked")
+        unlocked.mkdir()
+        self._lock = _lock(unlocked)
+        unlocked.rename(self.folder)  # so that one without a lock is a killed writer's
 
     def publish(self, checksums: dict[str, int] | None = None) -> None:
         """Write the manifest and move the folder to :attr:`path`, in the place of what is there.
@@ -108,7 +110,8 @@ class PartialCheckpoint:
                 old = _hidden(self.path)
                 os.rename(self.path, old)
                 os.rename(source, self.path)
-                _remove(old)
+                with contextlib.suppress(FileNotFoundError):  # another writer to the folder removes it too
+                    _remove(old)
             elif not os.path.lexists(self.path):
                 os.rename(source, self.path)
         else:
@@ -241,16 +244,20 @@ def remove_checkpoint(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         hidden = _hidden(path)
         os.rename(path, hidden)
-        path = hidden
-    _remove(path)
+        with contextlib.suppress(FileNotFoundError):  # another writer to the folder removes it too
+            _remove(hidden)
+    else:
+        _remove(path)
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
     """Remove what killed writers left in ``folder``, and return it; what a living one holds the lock of stays."""
     removed = []
-    for leftover in folder.glob(".*.partial"):
+    for leftover in [*folder.glob(".*.partial"), *folder.glob(".*.unlocked")]:
         with contextlib.suppress(OSError):
-            if time.time() - leftover.stat().st_mtime < _YOUNG or (lock := _lock(leftover)) is None:
+            if leftover.suffix == ".unlocked" and time.time() - leftover.stat().st_mtime < _YOUNG:
+                continue
+            if (lock := _lock(leftover)) is None:
                 continue
             _remove(leftover)
             os.close(lock)

@@ -89,10 +89,16 @@ with write_beside(Path({str(path)!r}), directory=True) as folder:
     assert is_complete(path) and len(hidden(tmp_path)) == 1
     leftover = tmp_path / hidden(tmp_path)[0]
     assert not is_complete(leftover)
-    assert remove_leftovers(tmp_path) == []  # a writer may have made it just now, and not locked it yet
-    age(leftover)
     save_directory(tmp_path / "other.ckpt")
     assert hidden(tmp_path) == []
+
+
+def test_a_folder_that_is_about_to_be_locked_stays_for_a_while(tmp_path: Path) -> None:
+    unlocked = tmp_path / ".last.ckpt.12345678.unlocked"
+    unlocked.mkdir()
+    assert remove_leftovers(tmp_path) == []
+    age(unlocked)
+    assert remove_leftovers(tmp_path) == [unlocked] and not unlocked.exists()
 
 
 def age(folder: Path) -> None:
