@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
 
 from lightning_accel.hooks.atomic import write_beside
 from lightning_accel.strategies.process_group import (
@@ -45,6 +46,8 @@ class RestartableDDPStrategy(DDPStrategy):
     - When a rank dies the others stop within seconds, with an error that names it and says what comes next.
     - A checkpoint is written beside its place and then renamed, so that a kill leaves no half of one.
     - A port in use and a rank that never comes end in an error that says so, after ``start_timeout``.
+    - Parameters that are unfrozen or added after training has started are reduced like the others, which stock DDP
+      never does: its replicas then drift apart.
 
     Args:
         timeout: How long a collective may take before it fails, in seconds (or a ``timedelta``); a network that is
@@ -63,6 +66,7 @@ class RestartableDDPStrategy(DDPStrategy):
             timeout = timeout.total_seconds()
         self._timeouts = check_timeouts(timeout, start_timeout)
         super().__init__(timeout=timedelta(seconds=timeout), **kwargs)
+        self._reduced: set[Tensor] = set()
 
     @property
     def checkpoint_io(self) -> CheckpointIO:
@@ -86,6 +90,20 @@ class RestartableDDPStrategy(DDPStrategy):
             device_id=self.root_device if self.root_device.type != "cpu" else None,
         )
         super().setup_distributed()
+
+    def configure_ddp(self) -> None:
+        """Wrap the module, and remember whose gradients DDP reduces."""
+        super().configure_ddp()
+        assert self.lightning_module is not None
+        self._reduced = {parameter for parameter in self.lightning_module.parameters() if parameter.requires_grad}
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Wrap the module again where parameters are trained that were not when DDP looked at them."""
+        module = self.lightning_module
+        assert module is not None
+        if any(parameter.requires_grad and parameter not in self._reduced for parameter in module.parameters()):
+            self.model = module
+            self.configure_ddp()
 
     def on_exception(self, exception: BaseException) -> None:
         """Say which rank is gone, where that is the cause."""

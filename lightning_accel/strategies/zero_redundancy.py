@@ -8,7 +8,6 @@ import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_accel.hooks.optimizers import replace_optimizers
@@ -41,7 +40,6 @@ class ZeroRedundancyStrategy(RestartableDDPStrategy):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._reduced: set[Tensor] = set()
         self._split: list[Any] = []
 
     def configure_ddp(self) -> None:
@@ -50,7 +48,6 @@ class ZeroRedundancyStrategy(RestartableDDPStrategy):
         assert module is not None
         check_same_modules(module)
         super().configure_ddp()
-        self._reduced = {parameter for parameter in module.parameters() if parameter.requires_grad}
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Split the optimizers that ``configure_optimizers`` returned, and point the schedulers at them."""
@@ -73,17 +70,6 @@ class ZeroRedundancyStrategy(RestartableDDPStrategy):
         )
         self.optimizers = new
         self._split = [after for before, after in zip(old, new, strict=True) if after is not before]
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Let DDP reduce the gradients of parameters that were unfrozen since it wrapped the module.
-
-        DDP itself never would.
-        """
-        module = self.lightning_module
-        assert module is not None
-        if any(parameter.requires_grad and parameter not in self._reduced for parameter in module.parameters()):
-            self.model = module
-            self.configure_ddp()
 
     def teardown(self) -> None:
         """Give the optimizers that ``configure_optimizers`` made their methods back."""

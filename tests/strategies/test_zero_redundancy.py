@@ -96,6 +96,7 @@ def test_unfrozen_and_added_parameters_are_trained_as_in_plain_torch(folders: Pa
     ranks = [outcome(folders / "two", "later", rank) for rank in range(2)]
     for result in ranks:
         torch.testing.assert_close(result["sharded"], result["plain"], rtol=0, atol=1e-5)
+        assert_equal(result["ddp"], result["sharded"], "RestartableDDPStrategy")
     assert_equal(ranks[0]["sharded"], ranks[1]["sharded"], "replicas")
     total = sum(result["bytes"] for result in ranks)
     assert all(0.4 < result["bytes"] / total < 0.6 for result in ranks)

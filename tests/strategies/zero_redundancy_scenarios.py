@@ -115,7 +115,13 @@ def later(folder: Path) -> dict[str, Any]:
         optimizer.zero_grad()
         module.compute_loss(batch).backward()
         optimizer.step()
-    return {"plain": weights(module), "sharded": result["weights"], "bytes": optimizer_state_bytes(trainer.optimizers)}
+    restartable = fit("accel_ddp", module=Later, callbacks=lambda: [Unfreeze()], max_epochs=1)[2]
+    return {
+        "plain": weights(module),
+        "sharded": result["weights"],
+        "ddp": restartable["weights"],
+        "bytes": optimizer_state_bytes(trainer.optimizers),
+    }
 
 
 def held(folder: Path) -> dict[str, Any]:
