@@ -17,9 +17,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_accel.durability import replay
-from lightning_accel.durability.rng import get_rng_state, preserved_rng, set_rng_state
 from lightning_accel.hooks import AccelCallback, Contract, data
 from lightning_accel.hooks.resume import on_resume_end
+from lightning_accel.hooks.rng import get_rng_state, preserved_rng, set_rng_state
 
 __all__ = ["ExactResume"]
 

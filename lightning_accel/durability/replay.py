@@ -24,7 +24,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from lightning_accel.durability.rng import get_rng_state, set_rng_state
+from lightning_accel.hooks.rng import get_rng_state, set_rng_state
 
 __all__ = [
     "forget",

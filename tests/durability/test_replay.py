@@ -23,7 +23,7 @@ from lightning_accel.durability.replay import (
     watch,
     why_not_exact,
 )
-from lightning_accel.durability.rng import get_rng_state, set_rng_state
+from lightning_accel.hooks.rng import get_rng_state, set_rng_state
 from tests.durability.runs import Samples, loader, seed
 
 SIZE = 23

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_accel.durability.rng import get_rng_state, preserved_rng, set_rng_state
+from lightning_accel.hooks.rng import get_rng_state, preserved_rng, set_rng_state
 
 
 def draw() -> list[float]:
