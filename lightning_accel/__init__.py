@@ -9,6 +9,7 @@ from lightning_accel.strategies.registry import register_strategies
 
 if TYPE_CHECKING:
     from lightning_accel.accumulation.gradient_accumulation import GradientAccumulation
+    from lightning_accel.accumulation.noise_scale import NoiseScaleAccumulation
     from lightning_accel.augment.batch_augmentation import BatchAugmentation
     from lightning_accel.augment.label_smoothing import LabelSmoothing
     from lightning_accel.durability.auto_resume import AutoResume
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from lightning_accel.strategies.fully_shard import FullyShardStrategy
     from lightning_accel.strategies.zero import ZeROStrategy
     from lightning_accel.strategies.zero_redundancy import ZeroRedundancyStrategy
+    from lightning_accel.tuning.learning_rate_finder import LearningRateFinder
 
 __version__ = "0.1.0"
 
@@ -40,9 +42,11 @@ __all__ = [
     "GradientClipping",
     "GradualPruning",
     "LabelSmoothing",
+    "LearningRateFinder",
     "LowBitOptimizer",
     "Muon",
     "NoEffectWarning",
+    "NoiseScaleAccumulation",
     "RestartableDDPStrategy",
     "ZeROStrategy",
     "ZeroRedundancyStrategy",
@@ -60,9 +64,11 @@ _HOME = {
     "GradientClipping": "optimizers.gradient_clipping",
     "GradualPruning": "pruning.gradual",
     "LabelSmoothing": "augment.label_smoothing",
+    "LearningRateFinder": "tuning.learning_rate_finder",
     "LowBitOptimizer": "optimizers.low_bit",
     "Muon": "optimizers.muon",
     "NoEffectWarning": "errors",
+    "NoiseScaleAccumulation": "accumulation.noise_scale",
     "RestartableDDPStrategy": "strategies.ddp",
     "ZeROStrategy": "strategies.zero",
     "ZeroRedundancyStrategy": "strategies.zero_redundancy",

@@ -63,6 +63,8 @@ class Method:
     """How far two ranks' weights may be from one's at the same global batch; ``None`` where they need not agree."""
     not_single: str = ""
     """Why they need not agree."""
+    finds_rate: bool = False
+    """Whether it trains with another rate than was configured, which schedulers then start from."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """The strategies of :data:`STRATEGY_NAMES` that it refuses, and the regular expression of each refusal.
 
@@ -95,6 +97,10 @@ NO_BLOCKS = dict.fromkeys(
     "LowBitOptimizer can't work with ZeROStrategy: its flat partitions run across parameters",
 )
 NO_KERNELS = {**NO_BLOCKS, "fsdp2": "bitsandbytes has no kernels for sharded parameters. Use backend='generic'"}
+NO_NOISE = dict.fromkeys(
+    ("zero1", "zero2", "zero3"),
+    "NoiseScaleAccumulation can't work with ZeROStrategy: its engine reduces and splits gradients inside the backward",
+)
 NO_RANKING = {
     "zero3": "GradualPruning can't work with ZeROStrategy at stage 3: it shards the weights.*Stages 1 and 2 work too",
     "fsdp2": "GradualPruning can't work with FullyShardStrategy: it shards the weights",
@@ -146,6 +152,25 @@ METHODS = [
         neutral=[use("GradientAccumulation", factor=1, ignore_index=0)],
         manual=MANUAL_ACCUMULATION,
         accumulation=TRAINER_ACCUMULATION,
+    ),
+    Method(
+        "NoiseScaleAccumulation",
+        # measured, but fixed: the toy's OneCycleLR asks how many steps there will be. test_noise_scale.py has it grow
+        [use("NoiseScaleAccumulation", min_factor=2, max_factor=2, every="2step", scale_lr="sqrt")],
+        neutral=[use("NoiseScaleAccumulation", min_factor=1, max_factor=1)],
+        manual="NoiseScaleAccumulation can't work with manual optimization.*set `automatic_optimization = True`",
+        accumulation=TRAINER_ACCUMULATION,
+        refused=NO_NOISE,
+        bad=(
+            ({"min_factor": 0}, ValueError, "min_factor"),
+            ({"max_factor": 1.5}, TypeError, "max_factor"),
+            ({"min_factor": 4, "max_factor": 2}, ValueError, "max_factor"),
+            ({"every": 0}, ValueError, "every"),
+            ({"every": "soon"}, ValueError, "every"),
+            ({"smoothing": 1.0}, ValueError, "smoothing"),
+            ({"shrink": 1}, TypeError, "shrink"),
+            ({"scale_lr": "cubic"}, ValueError, "scale_lr"),
+        ),
     ),
     Method(
         "BatchAugmentation",
@@ -289,6 +314,27 @@ METHODS = [
             ({"warmup": 1}, TypeError, "warmup"),
             ({"keep": "both"}, ValueError, "keep"),
             ({"device": "moon"}, ValueError, "device"),
+        ),
+    ),
+    Method(
+        "LearningRateFinder",
+        [use("LearningRateFinder", min_lr=1e-5, max_lr=0.3, num_steps=20)],
+        neutral=[use("LearningRateFinder", enabled=False)],
+        finds_rate=True,
+        manual="LearningRateFinder can't work with manual optimization.*a module of automatic optimization",
+        refused=dict.fromkeys(
+            ("zero1", "zero2", "zero3"),
+            "Training on the side .* can't work with ZeROStrategy.*configure what was found",
+        ),
+        bad=(
+            ({"min_lr": 0}, ValueError, "min_lr"),
+            ({"min_lr": 0.1, "max_lr": 0.01}, ValueError, "max_lr"),
+            ({"num_steps": 2}, ValueError, "num_steps"),
+            ({"method": "guess"}, ValueError, "method"),
+            ({"smoothing": 1.0}, ValueError, "smoothing"),
+            ({"early_stop": 0.5}, ValueError, "early_stop"),
+            ({"plot": 3}, TypeError, "plot"),
+            ({"enabled": 1}, TypeError, "enabled"),
         ),
     ),
     Method(

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Timer
 from lightning_accel.hooks.callback import trainer_callbacks
 from lightning_accel.schedules import FitLength, Moment
 
-__all__ = ["batches_done", "fit_length", "moment"]
+__all__ = ["batches_done", "fit_length", "logs_now", "moment"]
 
 
 def _progress(trainer: Trainer, which: str) -> Any:
@@ -27,6 +27,11 @@ def batches_done(trainer: Trainer) -> int:
     run would number the same batch differently.
     """
     return int(_progress(trainer, "batch total").processed)
+
+
+def logs_now(trainer: Trainer) -> bool:
+    """Whether loggers get what is logged in this batch's step, by ``Trainer(log_every_n_steps=...)``."""
+    return bool(trainer._logger_connector.should_update_logs)
 
 
 def moment(trainer: Trainer) -> Moment:

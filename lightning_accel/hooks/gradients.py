@@ -1,14 +1,16 @@
-"""The gradients that an optimizer is about to use: to scale them, to leave them out, to see inf and NaN in them."""
+"""The gradients that an optimizer is about to use: to scale, leave out, or measure them, to see inf and NaN in them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["drop_gradients_", "gradients_are_finite", "scale_gradients_"]
+__all__ = ["drop_gradients_", "gradients_are_finite", "part_of_square", "scale_gradients_", "squared_norm"]
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
@@ -41,3 +43,47 @@ def gradients_are_finite(optimizer: Optimizer) -> bool:
         wide = torch.promote_types(values.dtype, torch.float32)
         sums.setdefault(values.device, []).append(values.sum(dtype=wide))
     return all(bool(torch.stack(found).sum().isfinite()) for found in sums.values())
+
+
+def squared_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """The sum of the squares of all numbers in some gradients, or in this rank's part of them, in one pass.
+
+    Args:
+        gradients: Of any dtypes; norms are taken in float32 at least, and summed in float64 where the device has it.
+
+    Returns:
+        No dimensions; on the device of the first. It does not wait for the device.
+    """
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for gradient in gradients:
+        local: Any = getattr(gradient, "_local_tensor", gradient)  # of a DTensor
+        local = local.coalesce().values() if local.is_sparse else local
+        groups.setdefault((local.device, local.dtype), []).append(local.detach())
+    total: Tensor | None = None
+    for (_, dtype), values in groups.items():
+        wide = torch.promote_types(dtype, torch.float32)
+        norms = torch.stack(list(torch._foreach_norm(values, 2, dtype=wide)))
+        square = (norms if norms.is_mps else norms.double()).square().sum()  # MPS has no float64
+        total = square if total is None else total + square.to(total.device)
+    return torch.zeros((), dtype=torch.float64) if total is None else total
+
+
+def part_of_square(optimizer: Optimizer, ranks: int) -> Tensor:
+    """This rank's part of the squared norm of the reduced gradients: the sum over all ranks is the whole.
+
+    Args:
+        optimizer: Whose gradients.
+        ranks: How many ranks there are.
+    """
+    shares: dict[int, list[Tensor]] = {}
+    for parameter in _parameters(optimizer):
+        gradient: Any = parameter.grad
+        copies = ranks  # every rank has it whole, or some have the same shard of it
+        if hasattr(gradient, "placements"):
+            sizes = gradient.device_mesh.shape
+            copies = math.prod(
+                size for size, kind in zip(sizes, gradient.placements, strict=True) if kind.is_replicate()
+            )
+        shares.setdefault(copies, []).append(gradient)
+    parts = [squared_norm(gradients) / copies for copies, gradients in shares.items()]
+    return sum(parts[1:], parts[0]) if parts else torch.zeros((), dtype=torch.float64)

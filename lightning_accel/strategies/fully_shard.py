@@ -385,6 +385,10 @@ class FullyShardStrategy(FullyShardCheckpoints):
         """This rank's gradients that wait for the end of an accumulation window, on the CPU."""
         return sharding.partial_gradients(self._root)
 
+    def waiting_gradients(self) -> list[Tensor]:
+        """Those gradients themselves, where none was reduced yet."""
+        return [gradient for _, gradient in sharding.waiting_gradients(self._root)]
+
     def load_partial_gradients(self, gradients: Mapping[str, Tensor]) -> None:
         """Put back what :meth:`partial_gradients` gave."""
         sharding.load_partial_gradients(self._root, gradients)

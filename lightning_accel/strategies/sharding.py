@@ -25,6 +25,7 @@ __all__ = [
     "partial_gradients",
     "shard",
     "units",
+    "waiting_gradients",
 ]
 
 
@@ -200,20 +201,26 @@ def _sharded_parameters(root: nn.Module) -> Iterator[tuple[Any, Any]]:
                 yield unit, record
 
 
-def partial_gradients(root: ShardedRoot) -> dict[str, Tensor]:
-    """This rank's gradients that were not reduced yet, or not used yet, by name; on the CPU."""
+def waiting_gradients(root: ShardedRoot) -> Iterator[tuple[str, Tensor]]:
+    """This rank's gradients that were not reduced yet, by name, whole."""
     names = {parameter: name for name, parameter in root.module.named_parameters()}
-    found: dict[str, Tensor] = {}
     for _, record in _sharded_parameters(root):
         gradient = record.unsharded_accumulated_grad
         if gradient is None and hasattr(record, "_unsharded_param"):
             gradient = record._unsharded_param.grad
         if gradient is not None:
-            found[names[record.sharded_param]] = gradient
+            yield names[record.sharded_param], gradient
     for parameter, name in names.items():
-        if parameter.grad is not None:
-            key = name if not isinstance(parameter.grad, DTensor) else f"{name} (reduced)"
-            found[key] = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+        if parameter.grad is not None and not isinstance(parameter.grad, DTensor):
+            yield name, parameter.grad
+
+
+def partial_gradients(root: ShardedRoot) -> dict[str, Tensor]:
+    """This rank's gradients that were not reduced yet, or not used yet, by name; on the CPU."""
+    found = dict(waiting_gradients(root))
+    for name, parameter in root.module.named_parameters():
+        if isinstance(parameter.grad, DTensor):
+            found[f"{name} (reduced)"] = parameter.grad.to_local()
     return {name: gradient.detach().cpu().clone() for name, gradient in found.items()}
 
 

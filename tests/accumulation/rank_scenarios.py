@@ -22,9 +22,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from lightning_accel.accumulation.gradient_accumulation import GradientAccumulation
+from lightning_accel.accumulation.noise_scale import NoiseScaleAccumulation
 from lightning_accel.durability.exact_resume import ExactResume
 from lightning_accel.strategies.fully_shard import FullyShardStrategy
 from lightning_accel.strategies.zero import ZeROStrategy
+from tests.accumulation.noisy import Noisy, noise_loader
 from tests.accumulation.text import Batch, Text, adamw, by_tokens, joined, loader, make_batches, one_cycle, up_to
 from tests.hooks.common import Tiny, make_trainer, samples, save_at
 from tests.strategies.launch import serve
@@ -170,6 +172,28 @@ def target(folder: Path) -> Any:
     return run(Text(one_cycle), callback, data, save, use_distributed_sampler=True, max_epochs=2)
 
 
+def noise(strategy: str, min_factor: int, max_factor: int) -> Callable[[Path], Any]:
+    """The noise scale that both ranks find, and the factor; and the same of a run that goes on inside a window."""
+
+    def one(callbacks: list[Any], folder: Path, **options: Any) -> dict[str, Any]:
+        growing = NoiseScaleAccumulation(min_factor, max_factor, every=4, scale_lr="sqrt")
+        data = loader_of(list(noise_loader(NOISY_BATCHES, NOISY_SCALE)))
+        found = run(Noisy(), growing, data, ExactResume(), *callbacks, strategy=strategy, **options)
+        return {**found, "factor": growing.factor, "noise": growing.noise_scale, "measured": growing._measured}
+
+    def scenario(folder: Path) -> Any:
+        path = folder / f"noise {strategy} {min_factor}.ckpt"
+        whole = one([save_at("on_train_batch_end", path, 20)], folder)
+        return {"whole": whole, "resumed": one([], folder, ckpt_path=path)}
+
+    return scenario
+
+
+def loader_of(batches: list[Any]) -> DataLoader[Any]:
+    """This rank's part of these batches, which ExactResume can go back into."""
+    return DataLoader(Shard(batches).batches, batch_size=None)  # type: ignore[arg-type]
+
+
 class Infinite(Text):
     """An infinite loss in one batch of rank 1."""
 
@@ -181,6 +205,8 @@ def infinite(folder: Path) -> Any:
     return run(Infinite(), by_tokens(), loader(Shard(SENTENCES).batches))
 
 
+NOISY_BATCHES, NOISY_SCALE = 78, 12.0
+NOISE = {"ddp 1": ("ddp", 1, 8), "ddp 2": ("ddp", 3, 3), "ddp 3": ("ddp", 2, 16), "fsdp2": ("fsdp2", 3, 3)}
 TINY: dict[str, dict[str, Any]] = {
     "constant": {"factor": 3},
     "schedule": {"factor": {0: 1, "0.5fit": 2}, "max_epochs": 2},
@@ -204,6 +230,7 @@ SCENARIOS: dict[str, Callable[[Path], Any]] = {
     "resumed zero2": resumed(by_tokens, "zero2"),
     "resumed target": resumed(partial(up_to, 60)),
     "target": target,
+    **{f"noise {name}": noise(*arguments) for name, arguments in NOISE.items()},
     "infinite": infinite,
 }
 

@@ -11,7 +11,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_accel import GradientAccumulation
-from tests.accumulation.rank_scenarios import SCENARIOS, SENTENCES, SOME, STRATEGIES, TINY
+from lightning_accel.accumulation.noise_scale import gradient_and_noise, noise_scale
+from tests.accumulation.noisy import noise_loader
+from tests.accumulation.rank_scenarios import (
+    NOISE,
+    NOISY_BATCHES,
+    NOISY_SCALE,
+    SCENARIOS,
+    SENTENCES,
+    SOME,
+    STRATEGIES,
+    TINY,
+)
 from tests.accumulation.text import Batch, Steps, Text, adamw, by_hand, joined, make_batches, one_cycle
 from tests.conformance.processes import made_once
 from tests.hooks.common import Tiny, fit, samples
@@ -142,3 +153,34 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_said_by_all(runs: Path) -> Non
     first, second = (outcome(runs, "infinite", rank) for rank in range(RANKS))
     assert ["on rank 0 (though the losses here are finite)" in text for text in first["said"]] == [True]
     assert ["on rank 1 (the loss of batch 1)" in text for text in second["said"]] == [True]
+
+
+def noise_by_hand(length: int) -> float:
+    """The noise scale of windows of so many batches of both ranks, in batches: the averages of both estimates."""
+    batches = [x.double().mean(0) for (x,) in noise_loader(NOISY_BATCHES, NOISY_SCALE)]
+    kept, size = [0.0, 0.0], RANKS * length
+    for number, begin in enumerate(range(0, len(batches), size), start=1):
+        window = batches[begin : begin + size]
+        small = torch.stack([gradient.square().sum() for gradient in window[:RANKS]]).mean()
+        large = torch.stack(window).mean(0).square().sum()
+        found = gradient_and_noise(float(small), float(large), 1, len(window))
+        keep = min(0.95, 1 - 1 / number)
+        kept = [keep * old + (1 - keep) * new for old, new in zip(kept, found, strict=True)]
+    return noise_scale(*kept)
+
+
+@pytest.mark.parametrize("name", NOISE)
+def test_noise_between_ranks(name: str, runs: Path) -> None:
+    both = [outcome(runs, f"noise {name}", rank) for rank in range(RANKS)]
+    for what in ("factor", "noise", "ends", "measured"):
+        assert both[0]["whole"][what] == both[1]["whole"][what], what
+    for result in both:
+        assert torch.equal(result["whole"]["weights"], result["resumed"]["weights"])
+        for what in ("factor", "noise", "measured"):
+            assert result["whole"][what] == result["resumed"][what], what
+    found, (_, low, high) = both[0]["whole"], NOISE[name]
+    if low == high:
+        assert found["measured"] == len(found["ends"])
+        assert found["noise"] == pytest.approx(noise_by_hand(low), rel=1e-4)
+    else:
+        assert found["factor"] > low  # the scale is that of 6 batches of both

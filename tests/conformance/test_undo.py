@@ -13,8 +13,8 @@ from tests.conformance.cases import SAMPLE, cases, wrong
 from tests.conformance.toy import Digits, DigitsData, assert_same_training, make_trainer, run
 from tests.methods import Method
 
-# Says how the training went or has addresses in it: not how the objects are set up.
-COUNTERS = {"_batches_that_stepped", "_metric_attributes"}
+# Says how the training went (also what was logged) or has addresses in it: not how the objects are set up.
+COUNTERS = {"_batches_that_stepped", "_callback_metrics", "_logged_metrics", "_metric_attributes", "_results"}
 
 
 class Boom(Exception):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch.callbacks
 import pytest
 import torch
 import yaml
@@ -32,10 +33,16 @@ def by_short_name(arguments: list[str]) -> None:
     assert main(arguments) == 0
 
 
+def bare_name(path: str) -> str:
+    """The last part of a dotted path; the whole where Lightning has a callback of that name too."""
+    name = path.split(".")[-1]
+    return path if hasattr(lightning.pytorch.callbacks, name) else name
+
+
 def short(value: Any) -> Any:
-    """``value`` with every class by its bare name."""
+    """``value`` with every class by its bare name, where that is enough."""
     if isinstance(value, dict):
-        return {key: item.split(".")[-1] if key == "class_path" else short(item) for key, item in value.items()}
+        return {key: bare_name(item) if key == "class_path" else short(item) for key, item in value.items()}
     return [short(item) for item in value] if isinstance(value, list) else value
 
 
