@@ -27,6 +27,8 @@ from lightning_accel.optimizers.quantized_state import quantize_optimizer_
 from lightning_accel.report.sizes import optimizer_state_bytes
 
 SHAPES: dict[str, list[tuple[int, ...]]] = {
+    "10 matrices of 1000 x 1000": [(1000, 1000)] * 10,
+    "50 matrices of 1000 x 1000": [(1000, 1000)] * 50,
     "4 matrices of 1024 x 1024": [(1024, 1024)] * 4,
     "64 matrices of 128 x 128 and 64 biases": [(128, 128), (128,)] * 64,
 }
@@ -45,13 +47,16 @@ def sides(name: str) -> dict[str, Callable[[Any], Optimizer]]:
     plain = getattr(torch.optim, name)
     own = getattr(bitsandbytes.optim, f"{name}8bit")
     return {
+        f"torch.optim.{name}(fused=True)": lambda p: plain(p, fused=True, **options),
         f"bitsandbytes.optim.{name}8bit, called directly": lambda p: own(p, **options),
         "LowBitOptimizer(backend='bitsandbytes')": lambda p: use_bitsandbytes_(plain(p, **options)),
         "LowBitOptimizer(backend='generic')": lambda p: quantize_optimizer_(plain(p, **options)),
+        "LowBitOptimizer(bits=4)": lambda p: quantize_optimizer_(plain(p, **options), bits=4),
+        "LowBitOptimizer(bits='fp8')": lambda p: quantize_optimizer_(plain(p, **options), bits="fp8"),
+        "LowBitOptimizer(bits='bf16')": lambda p: quantize_optimizer_(plain(p, **options), bits="bf16"),
         "LowBitOptimizer + FusedOptimizer": lambda p: quantize_optimizer_(fused(lambda q: plain(q, **options), p)),
         f"torch.optim.{name}": lambda p: plain(p, **options),
         f"torch.optim.{name}(foreach=True)": lambda p: plain(p, foreach=True, **options),
-        "FusedOptimizer": lambda p: fused(lambda q: plain(q, **options), p),
     }
 
 
@@ -73,11 +78,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few rounds on small matrices")
     parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--only", default="", help="run the sizes whose title has this in it, with AdamW alone")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     print(f"{environment()}, bitsandbytes {bitsandbytes.__version__}")
-    for name in ("AdamW", "SGD"):
+    for name in ("AdamW",) if options.only else ("AdamW", "SGD"):
         for title, shapes in (QUICK if options.quick else SHAPES).items():
+            if options.only not in title:
+                continue
             steps: dict[str, Callable[[], Any]] = {}
             sizes = []
             for side, make in sides(name).items():

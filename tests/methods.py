@@ -219,7 +219,23 @@ METHODS = [
             ({"keep_32bit": "head"}, TypeError, "keep_32bit"),
             ({"keep_32bit": ["("]}, ValueError, "keep_32bit"),
             ({"moments": {"exp_avg": "plus"}}, ValueError, "moments['exp_avg']"),
+            ({"bits_for": ["head"]}, TypeError, "bits_for"),
+            ({"bits_for": {"head": 7}}, ValueError, "bits_for['head']"),
+            ({"keep_embeddings": 1}, TypeError, "keep_embeddings"),
+            ({"stochastic_rounding": 1}, TypeError, "stochastic_rounding"),
+            ({"save_32bit": "no"}, TypeError, "save_32bit"),
+            ({"stochastic_rounding": True, "seed": -1}, ValueError, "seed"),
         ),
+    ),
+    Method(
+        "LowBitOptimizer 4 bit",
+        [use("LowBitOptimizer", bits=4, min_size=512)],
+        single=None,
+        not_single="a last bit decides how a value that lies between two codes is rounded, and those of 4 bits are far "
+        "apart",
+        refused=NO_BLOCKS,
+        neutral=[use("LowBitOptimizer", bits=4, min_size=1_000_000)],
+        neutral_warning="LowBitOptimizer has no effect",
     ),
     Method(
         "LowBitOptimizer bitsandbytes",

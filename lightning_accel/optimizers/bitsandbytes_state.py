@@ -17,8 +17,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_accel.errors import check_int, require
-from lightning_accel.optimizers.layouts import bitsandbytes_names, bitsandbytes_parts, plain_state_dict
-from lightning_accel.optimizers.quantized_state import LowBitPlan, hooked, refusal, retype_, without_hooks
+from lightning_accel.optimizers.layouts import (
+    bitsandbytes_names,
+    bitsandbytes_parts,
+    check_same_class,
+    plain_state_dict,
+)
+from lightning_accel.optimizers.low_bit_plan import LowBitPlan, hooked, refusal, retype_, without_hooks
 
 __all__ = ["BitsAndBytesState", "bitsandbytes_missing", "bitsandbytes_refusal", "use_bitsandbytes_"]
 
@@ -116,7 +121,7 @@ def use_bitsandbytes_(
     donor = kernel([torch.nn.Parameter(torch.zeros(1))], lr=0.1, min_8bit_size=min_size, **arguments)
     base = type(optimizer)
     mixed = type(base.__name__, (BitsAndBytesState, kernel, base), {"__module__": __name__, "_kernel": kernel})
-    plan = LowBitPlan(min_size, set(keep), names=names or {}, say=say)
+    plan = LowBitPlan(min_size, chosen=dict.fromkeys(keep, 32), names=names or {}, say=say)
     before = optimizer.state_dict() if optimizer.state else None
     retype_(optimizer, mixed, low_bit=plan)
     for name, value in vars(donor).items():
@@ -190,6 +195,7 @@ class BitsAndBytesState(Optimizer):
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         parameters = dict(zip(indices, (p for group in self.param_groups for p in group["params"]), strict=False))
         plain = plain_state_dict(state_dict, self)["state"]
+        check_same_class({"state": plain}, self)
         state, converted = {}, 0
         for index, parameter in parameters.items():
             entries = state_dict["state"].get(index, {})

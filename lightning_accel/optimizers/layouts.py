@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_accel.optimizers.quantize import BLOCK, dequantize_blockwise
+from lightning_accel.optimizers.quantize import BLOCK, decode_moment
 
-__all__ = ["bitsandbytes_names", "bitsandbytes_parts", "plain_state_dict", "quantized_moments"]
+__all__ = ["bitsandbytes_names", "bitsandbytes_parts", "check_same_class", "plain_state_dict", "quantized_moments"]
 
 _NAMES: dict[type[Optimizer], tuple[str, ...]] = {
     torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
@@ -27,12 +26,45 @@ def bitsandbytes_names(optimizer: Optimizer) -> tuple[str, ...]:
     return next((names for cls, names in _NAMES.items() if isinstance(optimizer, cls)), ())
 
 
-def quantized_moments(entries: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
-    """The moments of one parameter that :func:`quantize_optimizer_` keeps in 8 bits."""
-    return {name: value for name, value in entries.items() if isinstance(value, dict) and set(value) == _PARTS}
+_PARTS = ({"codes", "scales"}, {"codes", "scales", "shape", "stride"})
+_KEPT: dict[type[Optimizer], tuple[set[str], set[str]]] = {
+    torch.optim.Adam: ({"exp_avg", "exp_avg_sq"}, {"max_exp_avg_sq"}),
+    torch.optim.AdamW: ({"exp_avg", "exp_avg_sq"}, {"max_exp_avg_sq"}),
+    torch.optim.RAdam: ({"exp_avg", "exp_avg_sq"}, set()),
+    torch.optim.NAdam: ({"exp_avg", "exp_avg_sq", "mu_product"}, set()),
+    torch.optim.Adamax: ({"exp_avg", "exp_inf"}, set()),
+    torch.optim.SGD: (set(), {"momentum_buffer"}),
+    torch.optim.RMSprop: ({"square_avg"}, {"momentum_buffer", "grad_avg"}),
+    torch.optim.Adagrad: ({"sum"}, set()),
+    torch.optim.Adadelta: ({"square_avg", "acc_delta"}, set()),
+}
+"""What torch's classes keep of a parameter besides the step: always, and with some options."""
 
 
-_PARTS = {"codes", "scales"}
+def check_same_class(state_dict: Mapping[str, Any], optimizer: Optimizer) -> None:
+    """Refuse the state of another class of optimizer, which torch would load without a word.
+
+    Raises:
+        ValueError: If an entry has not what this class keeps, or has what it does not know.
+    """
+    known = next((_KEPT[cls] for cls in type(optimizer).__mro__ if cls in _KEPT), None)
+    if known is None:
+        return
+    always, sometimes = known
+    for entries in state_dict["state"].values():
+        names = set(entries) - {"step"} if isinstance(entries, dict) else set()
+        if names and not (always <= names <= always | sometimes):
+            expected = ", ".join(sorted(always or sometimes))
+            raise ValueError(
+                f"Expected a checkpoint of {type(optimizer).__name__}, which keeps {expected} of a parameter, but got "
+                f"one with {', '.join(sorted(names))}: it is of another class of optimizer. Resume with that class, or "
+                "start from the weights alone."
+            )
+
+
+def quantized_moments(entries: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The moments of one parameter that :func:`quantize_optimizer_` keeps in few bits."""
+    return {name: value for name, value in entries.items() if isinstance(value, dict) and set(value) in _PARTS}
 
 
 def bitsandbytes_parts(entries: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,7 +87,7 @@ def plain_state_dict(state_dict: dict[str, Any], optimizer: Optimizer) -> dict[s
     state = {}
     for index, entries in state_dict["state"].items():
         if isinstance(entries, dict):
-            decoded = {name: dequantize_blockwise(**moment) for name, moment in quantized_moments(entries).items()}
+            decoded = {name: decode_moment(moment) for name, moment in quantized_moments(entries).items()}
             entries = {**entries, **decoded}
             if parts := bitsandbytes_parts(entries):
                 entries = _from_bitsandbytes(parts, optimizer)

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from lightning_accel.errors import check_choice, check_int, check_number, check_patterns, matches_any
 from lightning_accel.hooks import Contract, OptimizerTransform, parameter_names
-from lightning_accel.optimizers.quantized_state import hooked, refusal, retype_, without_hooks
+from lightning_accel.optimizers.low_bit_plan import hooked, refusal, retype_, without_hooks
 
 __all__ = ["Muon", "hidden_matrices", "use_muon_"]
 

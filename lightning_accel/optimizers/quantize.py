@@ -1,137 +1,151 @@
-"""Blockwise 8-bit codes for optimizer state, in plain torch.
+"""Moments of an optimizer as codes: a tensor's elements, in the order in which they lie in memory, are coded as a line.
 
-A tensor is cut into blocks of 256 elements, in the order in which they lie in memory. Each block keeps its largest
-magnitude, and each element one byte: a small float (3 bits of mantissa) of its ratio to that largest magnitude. That is
-1.016 bytes an element instead of 4. The idea of blocks and of a code finer near zero is that of "8-bit Optimizers via
-Block-wise Quantization" (Dettmers et al. 2022, https://arxiv.org/abs/2110.02861); the code itself is chosen so that
-
-- encoding is a handful of integer operations on the bits of a float32, with no search in a table;
-- zero is code 0, and only zero is exactly zero in the unsigned code, so that no update is divided by a second moment
-  that was rounded away; the smallest first moment (2.1e-6 of the block's largest) is below the root of the smallest
-  second moment (2.9e-11), so that a moment that is rounded up cannot become an outsized Adam update;
-- rounding is unbiased: whether an element is rounded up or down depends on its position and the step by a sequence that
-  fills [0, 1) evenly. Rounding to the nearest would freeze a moving average with a decay of 0.999, whose steps are far
-  smaller than the distance between two codes. No random numbers are drawn, so a resumed run repeats it bit for bit.
+How a line is coded, and why the codes are as they are, is in :mod:`lightning_accel.optimizers.codes`.
 """
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "dequantize_blockwise", "quantize_blockwise"]
+from lightning_accel.optimizers.codes import CODES, Code, dither
+
+__all__ = [
+    "BLOCK",
+    "decode_moment",
+    "dequantize_blockwise",
+    "empty_moment",
+    "encode_moment",
+    "line_of",
+    "moment_bits",
+    "pieces",
+    "quantize_blockwise",
+]
 
 BLOCK = 256
-"""Elements that share one scale."""
+"""Elements that share one scale in 8 bits."""
+_CPU_PIECE = 2**16  # elements at a time, so that the intermediate results stay in the processor's cache
 
-_SHIFT = 20  # of the 23 mantissa bits of a float32, 3 are kept
-_ONE = 0x3F800000  # the bits of 1.0
-# A ratio r in [0, 1] is coded as the top bits of offset + r * (1 - offset), which lies in [offset, 1]: near zero the
-# steps are even, above that they grow with the value. The offset is such that the codes are exactly 0 ... 127 or 255.
-_LOWEST = {torch.int8: (_ONE >> _SHIFT) - 127, torch.uint8: (_ONE >> _SHIFT) - 255}
-_OFFSET = {torch.int8: 9 * 2.0**-19, torch.uint8: 9 * 2.0**-35}
-_CPU_CHUNK = 2**16  # elements at a time, so that the intermediate results stay in the processor's cache
+Moment = dict[str, Any]
+"""A coded moment: ``codes`` and ``scales``, and in 4 bits the ``shape`` and ``stride`` of what was coded."""
 
 
-@torch.no_grad()
-def quantize_blockwise(
-    tensor: Tensor, signed: bool, step: int | None = 0, out: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Encode a floating-point tensor in one byte an element.
-
-    Args:
-        tensor: Of any shape and memory layout.
-        signed: Whether it may be negative. An unsigned code has twice the exponents and never turns a positive value
-            into zero.
-        step: Selects how values between two codes are rounded; over consecutive steps they average to the value.
-            ``None`` rounds to the nearest, which gives decoded values the codes that they came from.
-        out: Codes and scales of an earlier call to overwrite, where they fit.
-
-    Returns:
-        The codes, ``int8`` if signed and ``uint8`` if not, in the shape and layout of ``tensor``; and the scales, one a
-        block, in its dtype. A block that is not finite comes back as NaN.
-    """
-    dtype = torch.int8 if signed else torch.uint8
-    codes = torch.empty_like(tensor, dtype=dtype)
-    if codes.stride() != tensor.stride():  # not dense: its elements can't be read as one line
-        tensor = tensor.contiguous()
-        codes = torch.empty_like(tensor, dtype=dtype)
-    size = tensor.numel()
-    scales = tensor.new_empty(-(-size // BLOCK))
-    if out is not None and all(_alike(old, new) for old, new in zip(out, (codes, scales), strict=True)):
-        codes, scales = out
-    line, code_line = _line(tensor), _line(codes)
-    widest = torch.promote_types(tensor.dtype, torch.float32)
-    lowest, offset = _LOWEST[dtype], _OFFSET[dtype]
-    noise = _rounding(step, tensor.device)
-    chunk = _CPU_CHUNK if tensor.device.type == "cpu" else max(size, 1)
-    for start in range(0, size, chunk):
-        part = line[start : start + chunk]
-        length = part.numel()
-        if length % BLOCK:
-            part = torch.nn.functional.pad(part, (0, -length % BLOCK))
-        blocks = part.view(-1, BLOCK)
-        ratio = blocks.abs() if signed else blocks
-        # a scale below the smallest normal number would not survive the division
-        scale = ratio.amax(dim=1).clamp_min_(torch.finfo(tensor.dtype).tiny)
-        scales[start // BLOCK : (start + length + BLOCK - 1) // BLOCK] = scale
-        ratio = torch.div(ratio.to(widest), scale[:, None]).float().mul_(1 - offset).add_(offset)
-        bits = ratio.view(torch.int32).add_(noise).bitwise_right_shift_(_SHIFT).sub_(lowest)
-        if signed:
-            negative = blocks.float().view(torch.int32) >> 31  # -1 or 0: flipping all bits and adding 1 negates
-            bits.bitwise_xor_(negative).sub_(negative)
-        else:
-            torch.maximum(bits, (blocks > 0).to(torch.int32), out=bits)
-        code_line[start : start + length] = bits.view(-1)[:length]
-    return codes, scales
-
-
-@torch.no_grad()
-def dequantize_blockwise(codes: Tensor, scales: Tensor) -> Tensor:
-    """Decode what :func:`quantize_blockwise` returned, to its shape, layout and dtype."""
-    result = torch.empty_like(codes, dtype=scales.dtype)
-    line, code_line = _line(result), _line(codes.view(torch.uint8))
-    values = _values(codes.dtype, codes.device)
-    chunk = _CPU_CHUNK if codes.device.type == "cpu" else max(codes.numel(), 1)
-    for start in range(0, line.numel(), chunk):
-        part = code_line[start : start + chunk]
-        length = part.numel()
-        if length % BLOCK:
-            part = torch.nn.functional.pad(part, (0, -length % BLOCK))
-        decoded = values.index_select(0, part.to(torch.int32)).view(-1, BLOCK)
-        scale = scales[start // BLOCK : (start + length + BLOCK - 1) // BLOCK]
-        line[start : start + length] = (decoded * scale[:, None]).view(-1)[:length]
-    return result
-
-
-def _line(tensor: Tensor) -> Tensor:
+def line_of(tensor: Tensor) -> Tensor:
     """A dense tensor's elements in the order in which they lie in memory."""
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
-def _alike(old: Tensor, new: Tensor) -> bool:
-    return (old.shape, old.stride(), old.dtype, old.device) == (new.shape, new.stride(), new.dtype, new.device)
+def pieces(
+    moment: Mapping[str, Any], size: int, length: int = _CPU_PIECE
+) -> Iterator[tuple[int, int, Tensor, Tensor, Code]]:
+    """Cut a moment of ``size`` elements into pieces that fit into the processor's cache.
+
+    Yields:
+        Where a piece starts and ends, its codes, its scales, and how they are coded.
+    """
+    code, codes, scales = CODES[moment_bits(moment)], line_of(moment["codes"]), moment["scales"]
+    length = length if codes.device.type == "cpu" else max(size, 1)
+    for start in range(0, size, length):
+        end = min(start + length, size)
+        if code.per_byte == 2:
+            part = codes[start // 2 : start // 2 + -(-(end - start) // code.block) * (code.block // 2)]
+        else:
+            part = codes[start:end]
+        first = start // code.block if code.block else 0
+        yield start, end, part, scales[first : first + code.num_scales(end - start)], code
 
 
-@functools.lru_cache(maxsize=4)
-def _rounding(step: int | None, device: torch.device) -> Tensor:
-    """For each position in a block, how far the bits of a value are raised before the lowest are cut off."""
-    if step is None:
-        return torch.full((BLOCK,), 2 ** (_SHIFT - 1), dtype=torch.int32, device=device)
-    position = torch.arange(BLOCK, dtype=torch.float64)
-    # multiples of two irrational numbers: evenly spread over [0, 1), along the block and along the steps
-    fraction = (position * 0.6180339887498949 + step * 0.4142135623730951) % 1.0
-    return (fraction * float(2**_SHIFT)).to(device, torch.int32)
+def moment_bits(moment: Mapping[str, Any]) -> int | str:
+    """The name of a moment's code in :data:`lightning_accel.optimizers.codes.CODES`."""
+    if "shape" in moment:
+        return 4
+    return {torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8"}.get(moment["codes"].dtype, 8)
 
 
-@functools.lru_cache(maxsize=8)
-def _values(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What each byte stands for, as a ratio to the block's scale; for ``int8`` in the order of its bytes."""
-    magnitude = torch.arange(128 if dtype is torch.int8 else 256, dtype=torch.int32)
-    bits = magnitude.add_(_LOWEST[dtype]).bitwise_left_shift_(_SHIFT)
-    values = bits.view(torch.float32).sub(_OFFSET[dtype]).div_(1 - _OFFSET[dtype])
-    if dtype is torch.int8:  # byte 128 is never used; 129 ... 255 are -127 ... -1
-        values = torch.cat([values, -values[-1:], -values[1:].flip(0)])
-    return values.to(device)
+def empty_moment(tensor: Tensor, signed: bool, bits: int | str, dtype: torch.dtype | None = None) -> Moment:
+    """Room for the codes of a dense tensor.
+
+    Args:
+        tensor: Of the shape and memory layout.
+        signed: Whether it may be negative.
+        bits: 8, 4, ``"fp8"`` or ``"bf16"``.
+        dtype: Of the scales and of the decoded moment; that of ``tensor`` by default.
+    """
+    code, size = CODES[bits], tensor.numel()
+    scales = tensor.new_empty(code.num_scales(size), dtype=dtype or tensor.dtype)
+    if code.per_byte == 2:
+        codes = tensor.new_empty(code.num_scales(size) * code.block // 2, dtype=code.dtype(signed))
+        return {"codes": codes, "scales": scales, "shape": list(tensor.shape), "stride": list(tensor.stride())}
+    return {"codes": torch.empty_like(tensor, dtype=code.dtype(signed)), "scales": scales}
+
+
+@torch.no_grad()
+def encode_moment(
+    tensor: Tensor, signed: bool, step: int | None = 0, out: Mapping[str, Any] | None = None, bits: int | str = 8
+) -> Moment:
+    """Encode a floating-point tensor.
+
+    Args:
+        tensor: Of any shape and memory layout.
+        signed: Whether it may be negative. An unsigned code never turns a positive value into zero.
+        step: Selects how values between two codes are rounded; over consecutive steps they average to the value.
+            ``None`` rounds to the nearest, which gives decoded values the codes that they came from.
+        out: A moment to overwrite, where it fits.
+        bits: 8, 4, ``"fp8"`` or ``"bf16"``.
+
+    Returns:
+        ``codes`` and ``scales``, one a block, in the dtype of ``tensor``. A block that is not finite is not finite when
+        it is decoded.
+    """
+    if torch.empty_like(tensor).stride() != tensor.stride():  # not dense: its elements can't be read as one line
+        tensor = tensor.contiguous()
+    result = empty_moment(tensor, signed, bits)
+    if out is not None and _alike(out, result):
+        result = {**out}
+    line, noise = line_of(tensor), dither(step, tensor.device)
+    for start, end, codes, scales, code in pieces(result, tensor.numel()):
+        code.encode(line[start:end], codes, scales, noise, signed)
+    return result
+
+
+@torch.no_grad()
+def decode_moment(moment: Mapping[str, Any]) -> Tensor:
+    """Decode what :func:`encode_moment` returned, to its shape, layout and dtype."""
+    codes, dtype = moment["codes"], moment["scales"].dtype
+    if "shape" in moment:
+        result = torch.empty_strided(moment["shape"], moment["stride"], dtype=dtype, device=codes.device)
+    else:
+        result = torch.empty_like(codes, dtype=dtype)
+    line = line_of(result)
+    for start, end, part, scales, code in pieces(moment, result.numel()):
+        code.decode(part, scales, line[start:end])
+    return result
+
+
+def quantize_blockwise(
+    tensor: Tensor, signed: bool, step: int | None = 0, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Encode a floating-point tensor in 8 bits; the arguments are those of :func:`encode_moment`.
+
+    Returns:
+        The codes, ``int8`` if signed and ``uint8`` if not, in the shape and layout of ``tensor``; and the scales.
+    """
+    moment = encode_moment(tensor, signed, step, None if out is None else {"codes": out[0], "scales": out[1]})
+    return moment["codes"], moment["scales"]
+
+
+def dequantize_blockwise(codes: Tensor, scales: Tensor) -> Tensor:
+    """Decode what :func:`quantize_blockwise` returned, to its shape, layout and dtype."""
+    return decode_moment({"codes": codes, "scales": scales})
+
+
+def _alike(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    def form(moment: Mapping[str, Any]) -> list[Any]:
+        parts = [moment["codes"], moment["scales"]]
+        layout = [moment.get("shape"), moment.get("stride")]
+        return [layout, *((part.shape, part.stride(), part.dtype, part.device) for part in parts)]
+
+    return form(old) == form(new)

@@ -1,21 +1,19 @@
-"""8-bit state for any torch optimizer, with that optimizer's own maths.
+"""Low-bit state for any torch optimizer, with that optimizer's own maths.
 
 The optimizer keeps its class's ``step``. Around it, the moments of a few parameters at a time are decoded to floating
 point, stepped and encoded again, so that only those few exist at full size. The object is changed in place: it gets a
 subclass of its own class, and everything that refers to it stays valid (schedulers, hooks, parameter groups).
 
-In ``optimizer.state[parameter]`` a quantised moment is ``{"codes": int8 or uint8, "scales": floating point}`` under the
-name that the optimizer gave it, see :mod:`lightning_accel.optimizers.quantize`; everything else is as it was. Of a
+In ``optimizer.state[parameter]`` a coded moment is ``{"codes": ..., "scales": ...}`` under the name that the optimizer
+gave it, see :mod:`lightning_accel.optimizers.quantize`; everything else is as it was. Of a
 sharded parameter (a DTensor) each rank keeps the codes of its part, whose blocks are its own; so a state dict has those
 moments decoded, sharded like the parameter.
 """
 
 from __future__ import annotations
 
-import warnings
-import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,88 +21,30 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
-from lightning_accel.errors import NoEffectWarning, check_int
-from lightning_accel.optimizers.layouts import bitsandbytes_parts, plain_state_dict, quantized_moments
-from lightning_accel.optimizers.quantize import dequantize_blockwise, quantize_blockwise
+from lightning_accel.errors import check_choice, check_int
+from lightning_accel.optimizers.adam_pieces import can_step_pieces, step_pieces_
+from lightning_accel.optimizers.layouts import (
+    bitsandbytes_parts,
+    check_same_class,
+    plain_state_dict,
+    quantized_moments,
+)
+from lightning_accel.optimizers.low_bit_plan import (
+    BITS,
+    MOMENTS,
+    LowBitPlan,
+    hooked,
+    refusal,
+    retype_,
+    say_bits,
+    without_hooks,
+)
+from lightning_accel.optimizers.quantize import decode_moment, encode_moment, moment_bits
+from lightning_accel.optimizers.stochastic_rounding import generator_for, round_to_bfloat16_
 
-__all__ = ["MOMENTS", "LowBitPlan", "QuantizedState", "quantize_optimizer_", "refusal", "retype_", "without_moments"]
-
-MOMENTS = {
-    "exp_avg": True,
-    "momentum_buffer": True,
-    "exp_avg_sq": False,
-    "max_exp_avg_sq": False,
-    "exp_inf": False,
-    "square_avg": False,
-    "acc_delta": False,
-    "sum": False,
-}
-"""The state that is quantised, by torch's names: whether it may be negative. All other state is kept as it is."""
+__all__ = ["QuantizedState", "quantize_optimizer_"]
 
 _BUCKET = 2**20  # elements of parameters whose moments are decoded at a time
-
-
-def _warn(message: str) -> None:
-    warnings.warn(f"Low-bit state has no effect: {message}", NoEffectWarning, stacklevel=2)
-
-
-@dataclass
-class LowBitPlan:
-    """Which state of an optimizer is quantised, and how to tell the user what was done to it."""
-
-    min_size: int = 4096
-    keep: set[Tensor] = field(default_factory=set)
-    moments: Mapping[str, bool] = field(default_factory=lambda: MOMENTS)
-    names: Mapping[Tensor, str] = field(default_factory=dict)
-    say: Callable[[str], Any] = print
-    warn: Callable[[str], Any] = _warn
-
-    def is_low_bit(self, parameter: Tensor) -> bool:
-        """Whether this parameter's moments are quantised."""
-        return parameter.numel() >= self.min_size and parameter.is_floating_point() and parameter not in self.keep
-
-    def refuse_sparse(self, parameter: Tensor) -> None:
-        """Raise ``RuntimeError`` where the gradient is sparse."""
-        if parameter.grad is not None and parameter.grad.is_sparse:
-            name = self.names.get(parameter, "?")
-            raise RuntimeError(
-                f"Expected dense gradients for low-bit optimizer state, but that of {name!r} is sparse. Make its layer "
-                f"with sparse=False, or keep its state in 32 bits: keep_32bit=[{name!r}]."
-            )
-
-
-def refusal(optimizer: Optimizer) -> str:
-    """Why the state of this optimizer can't be quantised, or an empty string."""
-    name = type(optimizer).__name__
-    if isinstance(optimizer, QuantizedState):
-        return f"the state of this {name} is quantised already"
-    if isinstance(optimizer, torch.optim.LBFGS):
-        return f"{name} keeps a history of gradients, not moments a parameter; use another optimizer"
-    if isinstance(optimizer, torch.optim.SparseAdam):
-        return f"{name} is for sparse gradients, whose moments are updated in a few rows; use Adam with sparse=False"
-    if any(group.get("differentiable") for group in optimizer.param_groups):
-        return f"{name}(differentiable=True) needs its state in the autograd graph; use differentiable=False"
-    if "step" in vars(optimizer) and not hasattr(optimizer.step, "_wrapped_by_lr_sched"):
-        return f"`step` of this {name} object was replaced by something else; replace it after this"
-    return ""
-
-
-def without_moments(optimizer: Optimizer) -> str:
-    """Why an optimizer of torch keeps no moments that could be quantised, or an empty string."""
-    name = type(optimizer).__name__
-    if isinstance(optimizer, torch.optim.Adafactor):
-        return f"{name} already keeps one number a row and one a column"
-    if isinstance(optimizer, torch.optim.ASGD):
-        return f"the state of {name} is an average of the weights, which 8 bits would spoil"
-    if isinstance(optimizer, torch.optim.Rprop):
-        return f"{name} depends on the signs of single gradients and on step sizes, which 8 bits would spoil"
-    if isinstance(optimizer, (torch.optim.SGD, torch.optim.RMSprop)):
-        with_momentum = any(group["momentum"] for group in optimizer.param_groups)
-        if isinstance(optimizer, torch.optim.SGD) and not with_momentum:
-            return f"{name} without momentum keeps no state"
-        if all(group.get("centered") for group in optimizer.param_groups) and not with_momentum:
-            return f"{name}(centered=True) takes the root of a small difference of its two averages"
-    return ""
 
 
 def quantize_optimizer_(
@@ -114,9 +54,13 @@ def quantize_optimizer_(
     moments: Mapping[str, bool] | None = None,
     names: Mapping[Any, str] | None = None,
     say: Callable[[str], Any] = print,
-    warn: Callable[[str], Any] = _warn,
+    warn: Callable[[str], Any] | None = None,
+    bits: int | str = 8,
+    chosen: Mapping[Any, int | str] | None = None,
+    seed: int | None = None,
+    save_32bit: bool = False,
 ) -> Optimizer:
-    """Keep the moments of an optimizer in 8 bits, in place.
+    """Keep the moments of an optimizer in 8 bits or another code, in place.
 
     Args:
         optimizer: Of any class of ``torch.optim`` or derived from :class:`torch.optim.Optimizer`. For a class that is
@@ -127,6 +71,10 @@ def quantize_optimizer_(
         names: Names of the parameters, for messages.
         say: Told in one line when a loaded checkpoint had to be converted.
         warn: Told after the first step where the optimizer keeps no state that is quantised.
+        bits: 8, 4, ``"fp8"``, ``"bf16"``; or 32, which turns a low-bit checkpoint back.
+        chosen: Parameters that have bits of their own.
+        seed: Step bfloat16 parameters in float32 and round them at random, by draws from this seed and the step.
+        save_32bit: Let a state dict have the moments decoded, so that an optimizer without low-bit state can load it.
 
     Returns:
         The same object.
@@ -143,43 +91,28 @@ def quantize_optimizer_(
         torch.uint8
     """
     check_int("min_size", min_size, minimum=1)
+    check_choice("bits", bits, BITS)
     if reason := refusal(optimizer):
         raise ValueError(f"Expected an optimizer whose state can be quantised, but {reason}.")
-    plan = LowBitPlan(min_size, set(keep), {**MOMENTS, **(moments or {})}, names or {}, say, warn)
     base = type(optimizer)
+    if seed is not None and not _is_torchs(base):
+        raise ValueError(
+            f"Expected an optimizer of torch.optim for stochastic rounding, but got {base.__name__}: what else its "
+            "`step` does to a parameter is not known."
+        )
+    own = {**dict.fromkeys(keep, 32), **(chosen or {})}
+    plan = LowBitPlan(min_size, bits, own, {**MOMENTS, **(moments or {})}, names or {}, say, seed=seed)
+    plan.save_32bit = save_32bit
+    if warn is not None:
+        plan.warn = warn
+    plan.order = {parameter: index for index, parameter in enumerate(_parameters(optimizer))}
     retype_(optimizer, _quantized_class(base), low_bit=plan)
     _encode(optimizer, _parameters(optimizer), plan)
     return optimizer
 
 
-def retype_(optimizer: Optimizer, cls: type[Optimizer], **attributes: Any) -> None:
-    """Make an optimizer an object of ``cls``, a subclass of its class, and give it the attributes that it declares."""
-    optimizer.__class__ = cls
-    vars(optimizer).update(attributes)
-    if vars(optimizer).pop("step", None) is not None:
-        # A scheduler put a wrapper there, bound to the former class's `step`, to notice that `step` was called.
-        reference = weakref.ref(optimizer)
-
-        def step(*args: Any, **kwargs: Any) -> Any:
-            target: Any = reference()
-            target._opt_called = True
-            return cls.step(target, *args, **kwargs)
-
-        step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
-        optimizer.step = step  # type: ignore[method-assign]
-
-
-def without_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
-    """A class's ``step`` without the wrapper by which torch runs the hooks: they run once, around ours."""
-    inner: Callable[..., Any] = step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]
-    return inner
-
-
-def hooked(step: Callable[..., Any]) -> Callable[..., Any]:
-    """A ``step`` around which torch runs the hooks of the optimizer."""
-    wrapped = Optimizer.profile_hook_step(step)
-    wrapped.hooked = True  # type: ignore[attr-defined]  # or torch would wrap it once more
-    return wrapped
+def _is_torchs(base: type[Optimizer]) -> bool:
+    return base.__module__.startswith("torch.optim.")
 
 
 def _quantized_class(base: type[Optimizer]) -> type[Optimizer]:
@@ -198,9 +131,10 @@ class QuantizedState(Optimizer):
         step = without_hooks(self._base.step)
         for group in self.param_groups:
             group["low_bit_step"] = group.get("low_bit_step", 0) + 1
-        if not self._base.__module__.startswith("torch.optim."):  # it may count steps or look at all parameters at once
+        if not _is_torchs(self._base):  # it may count steps or look at all parameters at once
             result = self._step_on(list(_parameters(self)), lambda: step(self, closure))
-            if self.param_groups[0]["low_bit_step"] == 1 and not any(map(quantized_moments, self.state.values())):
+            found = any(map(quantized_moments, self.state.values()))
+            if self.param_groups[0]["low_bit_step"] == 1 and not found and self.low_bit.bits != 32:
                 self.low_bit.warn(
                     f"no state of {type(self).__name__} is known to be a moment; name it in `moments` to quantise it."
                 )
@@ -214,14 +148,41 @@ class QuantizedState(Optimizer):
             parameters = group["params"]
             try:
                 self.param_groups = [group]
-                for bucket in _buckets(parameters):
-                    group["params"] = bucket
-                    self._step_on(bucket, lambda: step(self))
+                rest = []
+                for parameter in parameters:
+                    if can_step_pieces(self, group, parameter):
+                        step_pieces_(self, group, parameter)
+                    else:
+                        rest.append(parameter)
+                for bucket in _buckets(rest):
+                    with self._widened(group, bucket) as stepped:
+                        group["params"] = stepped
+                        self._step_on(stepped, lambda: step(self))
             finally:
                 self.param_groups, group["params"] = groups, parameters
         return loss
 
     step = hooked(step)
+
+    @contextmanager
+    def _widened(self, group: dict[str, Any], parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+        """Parameters in float32 in place of those in bfloat16 that are rounded at random afterwards."""
+        plan = self.low_bit
+        wide = {parameter: parameter.detach().float() for parameter in parameters if plan.is_wide(parameter)}
+        for parameter, copy in wide.items():
+            copy.grad = parameter.grad.float() if parameter.grad is not None else None
+            plan.chosen[copy] = plan.bits_of(parameter)
+            if parameter in self.state:
+                self.state[copy] = self.state.pop(parameter)
+        try:
+            yield [wide.get(parameter, parameter) for parameter in parameters]
+        finally:
+            for parameter, copy in wide.items():
+                del plan.chosen[copy]
+                if copy in self.state:
+                    self.state[parameter] = self.state.pop(copy)
+                    generator = generator_for(plan, parameter, group["low_bit_step"])
+                    round_to_bfloat16_(_local(parameter.detach()), _local(copy), generator)
 
     def _step_on(self, parameters: list[Tensor], step: Callable[[], Any]) -> Any:
         for parameter in parameters:
@@ -238,39 +199,57 @@ class QuantizedState(Optimizer):
         result: dict[str, Any] = super().state_dict()
         state, parameters = dict(result["state"]), _loaded_parameters(self, result)
         for index, parameter in parameters.items():
-            if isinstance(parameter, DTensor) and index in state:
+            if index in state and (self.low_bit.save_32bit or isinstance(parameter, DTensor)):
                 moments = quantized_moments(state[index])
-                state[index] = {**state[index], **{name: _value(parameter, **m) for name, m in moments.items()}}
+                state[index] = {**state[index], **{name: _value(parameter, m) for name, m in moments.items()}}
         return {**result, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of this optimizer bit for bit, or convert one with 32-bit moments."""
+        """Load a state of this optimizer bit for bit, or convert one with moments in another number of bits.
+
+        Raises:
+            ValueError: If it is the state of another class of optimizer.
+        """
         if any(isinstance(entries, dict) and bitsandbytes_parts(entries) for entries in state_dict["state"].values()):
             state_dict = plain_state_dict(state_dict, self)
+        check_same_class(state_dict, self)
         state, parameters = dict(state_dict["state"]), _loaded_parameters(self, state_dict)
-        codes = {index: quantized_moments(entries) for index, entries in state.items() if index in parameters}
-        # torch would cast the codes to the parameter's dtype
+        # torch would cast these to the parameter's dtype
+        own: dict[Any, dict[str, Any]] = {
+            index: {**quantized_moments(entries), **_wide_state(self.low_bit, parameters[index], entries)}
+            for index, entries in state.items()
+            if index in parameters
+        }
         rest = {
-            index: {name: value for name, value in entries.items() if name not in codes[index]}
-            if index in codes
+            index: {name: value for name, value in entries.items() if name not in own[index]}
+            if index in own
             else entries
             for index, entries in state.items()
         }
         super().load_state_dict({**state_dict, "state": rest})
-        for index, moments in codes.items():
+        decoded = 0
+        for index, moments in own.items():
             parameter = parameters[index]
+            dtype = _dtype(self.low_bit, parameter)
             for name, moment in moments.items():
-                kept = {key: value.to(parameter.device, copy=True) for key, value in moment.items()}
+                if isinstance(moment, Tensor):
+                    self.state[parameter][name] = moment.detach().to(parameter.device, dtype, copy=True)
+                    continue
+                kept = {k: v.to(parameter.device, copy=True) if isinstance(v, Tensor) else v for k, v in moment.items()}
                 if isinstance(parameter, DTensor):  # saved where it was whole
-                    mesh, whole = parameter.device_mesh, dequantize_blockwise(**kept).to(parameter.dtype)
+                    mesh, whole = parameter.device_mesh, decode_moment(kept).to(dtype)
                     spread = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
                     self.state[parameter][name] = spread.redistribute(mesh, parameter.placements)
                     continue
-                same = self.low_bit.is_low_bit(parameter) and moment["scales"].dtype == parameter.dtype
-                self.state[parameter][name] = kept if same else dequantize_blockwise(**kept).to(parameter.dtype)
-        converted = _encode(self, _parameters(self), self.low_bit, nearest=True)
+                bits = self.low_bit.bits_of(parameter)
+                same = moment_bits(kept) == bits and kept["scales"].dtype == dtype
+                self.state[parameter][name] = kept if same else decode_moment(kept).to(dtype)
+                decoded += bits == 32
+        converted = _encode(self, _parameters(self), self.low_bit, nearest=True) + decoded
         if converted and not any(isinstance(parameter, DTensor) for parameter in parameters.values()):
-            self.low_bit.say(f"Converted {converted} moments of a {type(self).__name__} checkpoint to 8 bits.")
+            loaded = {self.low_bit.bits_of(parameters[index]) for index in own}
+            into = " and ".join(say_bits(bits) for bits in BITS if bits in loaded and (bits != 32 or decoded))
+            self.low_bit.say(f"Converted {converted} moments of a {type(self).__name__} checkpoint to {into}.")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "low_bit": self.low_bit}
@@ -303,23 +282,39 @@ def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-def _decode(optimizer: Optimizer, parameters: list[Tensor]) -> dict[tuple[Tensor, str], dict[str, Tensor]]:
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _dtype(plan: LowBitPlan, parameter: Tensor) -> torch.dtype:
+    """Of a parameter's moments when they are decoded."""
+    return torch.float32 if plan.is_wide(parameter) else parameter.dtype
+
+
+def _wide_state(plan: LowBitPlan, parameter: Tensor, entries: Any) -> dict[str, Tensor]:
+    """The state in float32 of a parameter in bfloat16."""
+    if not plan.is_wide(parameter) or not isinstance(entries, dict):
+        return {}
+    return {name: v for name, v in entries.items() if isinstance(v, Tensor) and v.shape == parameter.shape}
+
+
+def _decode(optimizer: Optimizer, parameters: list[Tensor]) -> dict[tuple[Tensor, str], dict[str, Any]]:
     """Decode the moments of ``parameters``; return what they were, for its memory to be used again."""
     held = {}
     for parameter in parameters:
         state = optimizer.state.get(parameter, {})
         for name, moment in quantized_moments(state).items():
             held[parameter, name] = moment
-            value = _value(parameter, **moment)
+            value = _value(parameter, moment)
             if value.stride() != parameter.stride():  # loaded into a model with another memory layout
                 value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
             state[name] = value
     return held
 
 
-def _value(parameter: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+def _value(parameter: Tensor, moment: Mapping[str, Any]) -> Tensor:
     """A decoded moment of a parameter; of a sharded one sharded like it."""
-    value = dequantize_blockwise(codes, scales)
+    value = decode_moment(moment)
     if not isinstance(parameter, DTensor):
         return value
     return DTensor.from_local(
@@ -336,7 +331,7 @@ def _encode(
     optimizer: Optimizer,
     parameters: Collection[Tensor] | Iterator[Tensor],
     plan: LowBitPlan,
-    held: Mapping[tuple[Tensor, str], dict[str, Tensor]] | None = None,
+    held: Mapping[tuple[Tensor, str], dict[str, Any]] | None = None,
     *,
     nearest: bool = False,
 ) -> int:
@@ -354,11 +349,8 @@ def _encode(
                 continue
             if name == "square_avg" and group.get("centered"):
                 continue  # its difference to the squared mean must not become negative
-            old = (held or {}).get((parameter, name))
-            out = (old["codes"], old["scales"]) if old else None
-            local = value.to_local() if isinstance(value, DTensor) else value
             step = None if nearest else group.get("low_bit_step", 0)
-            codes, scales = quantize_blockwise(local, signed, step, out)
-            state[name] = {"codes": codes, "scales": scales}
+            old = (held or {}).get((parameter, name))
+            state[name] = encode_moment(_local(value), signed, step, old, plan.bits_of(parameter))
             count += 1
     return count

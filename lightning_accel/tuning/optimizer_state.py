@@ -36,13 +36,13 @@ def measure_state(optimizer: Optimizer, mode: FakeTensorMode) -> int:
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("LBFGS keeps a history of gradients that grows with its steps, which one step does not show")
     low_bit = getattr(optimizer, "low_bit", None)
-    kept: set[Tensor] = getattr(low_bit, "keep", set())
+    own: dict[Tensor, Any] = getattr(low_bit, "chosen", {})
     chosen, counts = [], Counter[Tensor]()
     for group in optimizer.param_groups:
         first: dict[Any, Tensor] = {}
         for parameter in group["params"]:
             if parameter.requires_grad:
-                key = (parameter.shape, parameter.dtype, parameter in kept)
+                key = (parameter.shape, parameter.dtype, own.get(parameter))
                 counts[first.setdefault(key, parameter)] += 1
         chosen.append(list(first.values()))
     with _groups(optimizer, chosen):
@@ -56,7 +56,7 @@ def measure_state(optimizer: Optimizer, mode: FakeTensorMode) -> int:
                 return sum(_size(optimizer.state[parameter]) * count for parameter, count in counts.items())
         try:
             return sum(
-                count * _by_stand_ins(optimizer, number, parameter, parameter in kept)
+                count * _by_stand_ins(optimizer, number, parameter, own.get(parameter))
                 for number, group in enumerate(chosen)
                 for parameter, count in ((parameter, counts[parameter]) for parameter in group)
             )
@@ -106,25 +106,25 @@ def _size(entries: Any) -> int:
     return sum(storages.values())
 
 
-def _by_stand_ins(optimizer: Optimizer, number: int, parameter: Tensor, is_kept: bool) -> int:
+def _by_stand_ins(optimizer: Optimizer, number: int, parameter: Tensor, bits: Any) -> int:
     """Step on real parameters of fewer rows, and extend: what is kept of one grows with its rows, or not at all."""
     shape, plan = tuple(parameter.shape), getattr(optimizer, "low_bit", None)
     # two that are both as large as those whose state is in 8 bits, if this one is
     elements = max(_STAND_IN, getattr(plan, "min_size", 0))
     rows = -(-elements // max(1, parameter[:1].numel())) if shape else 1
     if not shape or shape[0] <= 2 * rows:
-        return _step_real(optimizer, number, shape, parameter.dtype, is_kept)
+        return _step_real(optimizer, number, shape, parameter.dtype, bits)
     small, large = (
-        _step_real(optimizer, number, (count, *shape[1:]), parameter.dtype, is_kept) for count in (rows, 2 * rows)
+        _step_real(optimizer, number, (count, *shape[1:]), parameter.dtype, bits) for count in (rows, 2 * rows)
     )
     return round(small + (large - small) * (shape[0] - rows) / rows)
 
 
-def _step_real(optimizer: Optimizer, number: int, shape: tuple[int, ...], dtype: torch.dtype, is_kept: bool) -> int:
+def _step_real(optimizer: Optimizer, number: int, shape: tuple[int, ...], dtype: torch.dtype, bits: Any) -> int:
     stand_in = nn.Parameter(torch.zeros(shape, dtype=dtype))
     stand_in.grad = torch.ones_like(stand_in)
-    if is_kept:
-        optimizer.low_bit.keep.add(stand_in)  # type: ignore[attr-defined]  # only such optimizers keep some
+    if bits is not None:
+        optimizer.low_bit.chosen[stand_in] = bits  # type: ignore[attr-defined]  # only such optimizers have it
     with _groups(optimizer, [[stand_in] if other == number else [] for other in range(len(optimizer.param_groups))]):
         optimizer.state.clear()
         step: Callable[[], Any] = optimizer.step

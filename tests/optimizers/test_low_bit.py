@@ -11,8 +11,8 @@ from torch.optim import lr_scheduler
 
 from lightning_accel import FusedOptimizer, LowBitOptimizer
 from lightning_accel.errors import NoEffectWarning
+from lightning_accel.optimizers.codes import dither
 from lightning_accel.optimizers.low_bit import choose_backend
-from lightning_accel.optimizers.quantize import _rounding
 from tests.optimizers.test_fused import Net, fit
 from tests.optimizers.test_quantized_state import Custom, codes
 from tests.optimizers.toy import MAKE, WITHOUT_MOMENTS, model, weights
@@ -66,7 +66,7 @@ def test_resume_in_mid_epoch_is_exact(backend: Any) -> None:
         return weights(net), codes(trainer.optimizers[0])
 
     expected, moments = run(Save())
-    _rounding.cache_clear()
+    dither.cache_clear()
     torch.manual_seed(5)
     resumed, moments_resumed = run(Save(), resume="9.ckpt")
     assert torch.equal(resumed, expected)
@@ -162,10 +162,35 @@ def test_a_second_fit_works() -> None:
         assert len(codes(trainer.optimizers[0])) == 4 and len(callback.choices) == 1
 
 
+def test_bits_by_name_and_embeddings_in_32() -> None:
+    module = torch.nn.ModuleDict(
+        {"words": torch.nn.Embedding(64, 64), "a": torch.nn.Linear(64, 64), "b": torch.nn.Linear(64, 64)}
+    )
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    for arguments, expected in (
+        ({}, [32, 8, 4]),
+        ({"keep_embeddings": False}, [8, 8, 4]),
+        ({"bits_for": {"words": "fp8", "b": 4}}, ["fp8", 8, 4]),
+        ({"keep_32bit": ["words"], "keep_embeddings": False}, [32, 8, 4]),
+    ):
+        callback = LowBitOptimizer(**{"min_size": 512, "bits_for": {"^b": 4}, **arguments})  # type: ignore[arg-type]
+        callback._module = module
+        optimizer: Any = callback.transform_optimizer(MAKE["AdamW"](module.parameters()), names)
+        assert [optimizer.low_bit.bits_of(layer.weight) for layer in module.values()] == expected
+        assert "8" in callback.choices[0] and "4 bits" in callback.choices[0]
+
+
+def test_what_only_the_generic_backend_can_do() -> None:
+    with pytest.raises(MisconfigurationException, match=r"only it has 4 bits.*Use backend='generic'"):
+        fit(Net(MAKE["AdamW"]), LowBitOptimizer(bits=4, backend="bitsandbytes", min_size=512))
+    with pytest.warns(NoEffectWarning, match="`stochastic_rounding` is for parameters in bfloat16"):
+        fit(Net(MAKE["AdamW"]), LowBitOptimizer(stochastic_rounding=True, min_size=512))
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"bits": 4}, ValueError, "Expected `bits` to be one of 8"),
+        ({"bits": 7}, ValueError, "Expected `bits` to be one of 8"),
         ({"bits": "8"}, TypeError, "Expected `bits`"),
         ({"backend": "cuda"}, ValueError, "Expected `backend`"),
         ({"min_size": 0}, ValueError, "Expected `min_size`"),

@@ -1,0 +1,115 @@
+"""The step of Adam and AdamW on low-bit state on the CPU, a piece of a parameter at a time.
+
+The moments of a piece are decoded into the processor's cache, stepped there by torch's fused kernel, and encoded again.
+The maths is that of the optimizer; the last bits are those of its ``fused=True``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lightning_accel.optimizers.codes import dither
+from lightning_accel.optimizers.layouts import quantized_moments
+from lightning_accel.optimizers.quantize import empty_moment, line_of, pieces
+from lightning_accel.optimizers.stochastic_rounding import generator_for, round_to_bfloat16_
+
+__all__ = ["can_step_pieces", "step_pieces_"]
+
+_PIECE = 2**15
+"""Elements of a piece: its weights, gradients and two moments take 512 KiB."""
+
+
+def can_step_pieces(optimizer: Any, group: Mapping[str, Any], parameter: Tensor) -> bool:
+    """Whether this parameter can be stepped so."""
+    base = optimizer._base
+    if base not in (torch.optim.Adam, torch.optim.AdamW) or parameter.grad is None or parameter.device.type != "cpu":
+        return False
+    options = group.get("foreach") is not None or group.get("fused") is False or group.get("capturable")
+    tensors = any(isinstance(value, Tensor) for value in (group["lr"], group["weight_decay"], *group["betas"]))
+    if options or tensors or getattr(optimizer, "grad_scale", None) is not None:
+        return False
+    plan = optimizer.low_bit
+    if not plan.is_low_bit(parameter) or not (parameter.dtype is torch.float32 or plan.is_wide(parameter)):
+        return False
+    local, gradient = _local(parameter.detach()), parameter.grad
+    if gradient.is_sparse or gradient.dtype != parameter.dtype or type(local) is not Tensor:
+        return False
+    if isinstance(parameter, DTensor) and (
+        not isinstance(gradient, DTensor) or gradient.placements != parameter.placements
+    ):
+        return False
+    # loaded into a model with another memory layout, they are coded in the new one after the optimizer's own step
+    moments = quantized_moments(optimizer.state.get(parameter, {})).values()
+    layouts = [moment.get("stride") or list(moment["codes"].stride()) for moment in moments]
+    return torch.empty_like(local).stride() == local.stride() and all(
+        layout == list(local.stride()) for layout in layouts
+    )
+
+
+@torch.no_grad()
+def step_pieces_(optimizer: Any, group: Mapping[str, Any], parameter: Tensor) -> None:
+    """Step one parameter whose gradient is there."""
+    weight, gradient = _local(parameter.detach()), _local(parameter.grad.detach())  # type: ignore[union-attr]
+    if gradient.stride() != weight.stride():
+        gradient = torch.empty_like(weight).copy_(gradient)
+    plan, wide = optimizer.low_bit, optimizer.low_bit.is_wide(parameter)
+    state = optimizer.state[parameter]
+    names = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
+    if "step" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32)
+    state["step"] = state["step"].to("cpu", torch.float32) + 1
+    moments = [_moment(state, name, weight, plan.bits_of(parameter)) for name in names]
+    noise = dither(group["low_bit_step"], weight.device)
+    generator = generator_for(plan, parameter, group["low_bit_step"]) if wide else None
+    buffers = [torch.empty(min(_PIECE, weight.numel()), dtype=torch.float32) for _ in names]
+    decoupled = group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
+    kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
+    cuts = [pieces(moment, weight.numel(), _PIECE) for moment in moments]
+    weights, gradients = line_of(weight), line_of(gradient)
+    for parts in zip(*cuts, strict=True):
+        start, end = parts[0][:2]
+        values = [buffer[: end - start] for buffer in buffers]
+        for (_, _, codes, scales, code), value in zip(parts, values, strict=True):
+            code.decode(codes, scales, value)
+        own = weights[start:end]
+        stepped = own.float() if wide else own
+        kernel(
+            [stepped],
+            [gradients[start:end].float()],
+            values[:1],
+            values[1:2],
+            values[2:],
+            [state["step"]],
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=group["amsgrad"],
+            maximize=group["maximize"],
+        )
+        if generator is not None:
+            round_to_bfloat16_(own, stepped, generator)
+        for name, (_, _, codes, scales, code), value in zip(names, parts, values, strict=True):
+            code.encode(value, codes, scales, noise, name == "exp_avg")
+
+
+def _moment(state: dict[str, Any], name: str, weight: Tensor, bits: int | str) -> dict[str, Any]:
+    """A coded moment; a new one is zero."""
+    if name not in state:
+        moment = empty_moment(weight, name == "exp_avg", bits, torch.float32)
+        zeros, noise = torch.zeros(min(_PIECE, weight.numel())), dither(None, weight.device)
+        for start, end, codes, scales, code in pieces(moment, weight.numel(), _PIECE):
+            code.encode(zeros[: end - start], codes, scales, noise, name == "exp_avg")
+        state[name] = moment
+    coded: dict[str, Any] = state[name]
+    return coded
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
