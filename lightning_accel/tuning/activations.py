@@ -31,6 +31,8 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
             was called several times.
         casts: Of these, copies of parameters in another dtype, which autocast makes. A strategy that casts the
             parameters itself (FSDP2's mixed precision) has none.
+        frozen_inputs: Bytes that were gone by then, of inputs of linear layers with a frozen weight: their backward
+            pass needs the weight alone, but DeepSpeed's stage 3 keeps the inputs of all linear layers.
         peak: The most bytes at a time, all together.
 
     Example:
@@ -44,11 +46,15 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.kept = self.casts = self.peak = 0
+        self.kept = self.casts = self.frozen_inputs = self.peak = 0
         self._own = {storage_key(tensor) for tensor in (*module.parameters(), *module.buffers())}
         self._module = module  # or the keys could be those of other storages
         self._live: dict[int, tuple[weakref.ref[Any], int, bool]] = {}
         self._bytes = {False: 0, True: 0}  # by whether it is a cast parameter
+        self._frozen_inputs: set[int] = set()  # the keys of those that are there
+        for part in module.modules():
+            if isinstance(part, nn.Linear) and not part.weight.requires_grad:
+                part.register_forward_pre_hook(self._note_input)
         for parameter in module.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._forget_gradient)  # type: ignore[no-untyped-call]
@@ -78,11 +84,19 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
         """Note what there is now: the backward pass begins."""
         if sum(self._bytes.values()) >= self.kept + self.casts:
             self.kept, self.casts = self._bytes[False], self._bytes[True]
+        self._frozen_inputs.clear()
 
     def _remove(self, key: int, _: Any = None) -> None:
         if key in self._live:
             _, nbytes, is_cast = self._live.pop(key)
             self._bytes[is_cast] -= nbytes
+            if key in self._frozen_inputs:
+                self._frozen_inputs.remove(key)
+                self.frozen_inputs += nbytes
+
+    def _note_input(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor) and args[0].requires_grad and storage_key(args[0]) in self._live:
+            self._frozen_inputs.add(storage_key(args[0]))
 
     def _forget_gradient(self, parameter: Tensor) -> None:
         if parameter.grad is not None:

@@ -74,6 +74,7 @@ class FakeStep:
         kept: Bytes that the forward pass keeps for the backward pass, see :class:`LiveTensors`, with the batch.
         casts: Bytes of low-precision copies of parameters that are kept beside them.
         passing: Bytes that come and go, at most, beside both.
+        frozen_inputs: Bytes that DeepSpeed's stage 3 keeps more, see :class:`LiveTensors`.
         failure: Why these could not be measured, and are 0.
         batch_size: The first dimension of the batch's first tensor; 0 where it has none.
     """
@@ -82,6 +83,7 @@ class FakeStep:
     kept: int = 0
     casts: int = 0
     passing: int = 0
+    frozen_inputs: int = 0
     failure: str = ""
     batch_size: int = 0
 
@@ -273,7 +275,9 @@ def run_fake_step(
     if live is None or failure:
         return FakeStep(strategy.optimizers, failure=failure, batch_size=strategy.batch_size)
     passing = live.peak - live.kept - live.casts
-    return FakeStep(strategy.optimizers, live.kept, live.casts, passing, batch_size=strategy.batch_size)
+    return FakeStep(
+        strategy.optimizers, live.kept, live.casts, passing, live.frozen_inputs, batch_size=strategy.batch_size
+    )
 
 
 @contextlib.contextmanager

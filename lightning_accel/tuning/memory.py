@@ -111,6 +111,7 @@ class Model:
         flat_state: As ZeRO takes them: never in 8 bits, and of fp32 copies of the parameters, flattened.
         buffers: Of the module.
         activations: What one micro-batch's forward pass keeps.
+        frozen_inputs: What stage 3 keeps more: inputs of linear layers with a frozen weight.
         casts: Low-precision copies of the parameters that autocast keeps until the backward pass.
         passing: What comes and goes during both passes, at most.
         accumulates: Whether gradients of several micro-batches are added.
@@ -124,6 +125,7 @@ class Model:
     flat_state: int = 0
     buffers: int = 0
     activations: int = 0
+    frozen_inputs: int = 0
     casts: int = 0
     passing: int = 0
     accumulates: bool = False
@@ -266,7 +268,7 @@ def _zero(strategy: Strategy, model: Model, world: int, settings: Settings) -> U
         gradients=gradients,
         state=state,
         master=master,
-        activations=model.activations + (0 if fp16 else model.casts),
+        activations=model.activations + (model.frozen_inputs if stage == 3 else 0) + (0 if fp16 else model.casts),
         buffers=model.buffers,
         working=working,
         stepping=stepping,

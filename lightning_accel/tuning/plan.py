@@ -157,7 +157,7 @@ class Plan:
         blocks = len({parameter.block for parameter in model.parameters} - {""})
         if blocks > 1 and model.activations:
             # a block's own activations come back in the backward pass, beside the inputs of all blocks
-            left = replace(model, activations=int(1.5 * model.activations / blocks))
+            left = replace(model, activations=int(1.5 * model.activations / blocks), frozen_inputs=0)
             yield self._look(f"activation checkpointing of the {blocks} blocks, about", left)
         if self.precision == "32-true":
             half = replace(
@@ -166,6 +166,7 @@ class Plan:
                 state=model.state // 2,
                 sharded_state=model.sharded_state // 2,
                 activations=model.activations // 2,
+                frozen_inputs=model.frozen_inputs // 2,
                 passing=model.passing // 2,
             )
             yield self._look("precision bf16-true", half)
@@ -186,8 +187,14 @@ class Plan:
         # what comes and goes has a part that stays: the gradient that is being made
         gradient = max((parameter.nbytes for parameter in model.parameters if parameter.trainable), default=0)
         passing = min(model.passing, model.passing * size // now + gradient)
-        activations = model.activations * size // now
-        return self._look(text, replace(model, activations=activations, passing=passing, accumulates=True))
+        smaller = replace(
+            model,
+            activations=model.activations * size // now,
+            frozen_inputs=model.frozen_inputs * size // now,
+            passing=passing,
+            accumulates=True,
+        )
+        return self._look(text, smaller)
 
     def _look(self, text: str, model: Model, world: int = 0) -> Advice:
         usages = [memory_usage(usage.strategy, model, world or self.world, self.settings) for usage in self.usages]
@@ -278,6 +285,7 @@ def measure_model(
         flat_state=flat_state,
         buffers=sum(buffers.values()),
         activations=step.kept,
+        frozen_inputs=step.frozen_inputs,
         casts=step.casts,
         passing=step.passing,
         accumulates=accumulates,

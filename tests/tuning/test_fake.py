@@ -184,3 +184,20 @@ def test_a_step_that_reads_values_leaves_the_activations_out() -> None:
     step = fake(Reads)
     assert (step.kept, step.passing) == (0, 0) and "_local_scalar" in step.failure
     assert len(step.optimizers) == 1
+
+
+def test_inputs_of_frozen_linear_layers_are_seen_that_stage_3_keeps() -> None:
+    class Frozen(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(WIDTH, WIDTH)
+            self.frozen = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(3))).requires_grad_(False)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.frozen(self.first(batch)).square().mean()
+
+    # the first layer's output and what is between the three: autograd alone keeps the batch and the last one's output
+    step, whole = fake(Frozen, batch=torch.empty(BATCH, WIDTH)), 4 * BATCH * WIDTH
+    assert step.frozen_inputs == 3 * whole
+    assert step.kept == pytest.approx(2 * whole, rel=0.01)
+    assert fake(batch=torch.empty(BATCH, WIDTH)).frozen_inputs == 0
