@@ -3,7 +3,8 @@
 python benchmarks/bench_zero.py [--quick]
 
 Ranks are processes of this machine, under gloo. A step's time is the CPU time of a batch on rank 0 (other
-programs do not count), the median over one fit; the sides take turns, a fit at a time, in a random order.
+programs do not count). Against the bare engine: batch by batch in one process, whose turns they take. Against DDP: the
+median over one fit; the sides take turns, a fit at a time, in a random order.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -24,7 +24,7 @@ from _timing import compare, environment, table  # first: it sets the threads be
 # isort: split
 import torch
 import torch.distributed as dist
-from _ranks import RANK, RANKS, Model, Step, bare_loop, batches_of, fit, launch, local_bytes, take_turns, timed
+from _ranks import RANK, RANKS, Model, Step, bare_loop, fit, launch, local_bytes, take_turns, timed
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn.parallel import DistributedDataParallel
 
@@ -91,24 +91,50 @@ def dist_gather(everyone: list[Any], watch: Held) -> None:
         dist.all_gather_object(everyone, own)
 
 
-def bare_engine(batches: int, config: dict[str, Any]) -> list[float]:
-    """The loop that one would write with DeepSpeed."""
-    import deepspeed
+class Pairs(Callback):
+    """After each batch of the fit, one of the loop that one would write with DeepSpeed: CPU seconds of both."""
 
-    loader, model, seconds = batches_of(batches), Step(), []
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        model_parameters=list(model.parameters()),
-        optimizer=model.module.configure_optimizers(),
-        config=copy.deepcopy(config),
-        dist_init_required=False,
-    )
-    for batch in loader:
-        began = time.process_time()
-        engine.backward(engine(batch))
-        engine.step()
-        seconds.append(time.process_time() - began)
-    engine.destroy()
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = copy.deepcopy(config)
+        self.seconds: dict[str, list[float]] = {"bare": [], "ours": []}
+
+    def on_train_start(self, *_: Any) -> None:
+        import deepspeed
+
+        model = Step()
+        self.engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=list(model.parameters()),
+            optimizer=model.module.configure_optimizers(),
+            config=self.config,
+            dist_init_required=False,
+        )
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._began = time.process_time()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, _: int
+    ) -> None:
+        ended = time.process_time()
+        self.engine.backward(self.engine(batch))
+        self.engine.step()
+        self.seconds["ours"].append(ended - self._began)
+        self.seconds["bare"].append(time.process_time() - ended)
+
+
+def pairs(stage: int, fits: int, batches: int) -> dict[str, list[float]]:
+    """CPU seconds of every batch but the first three of each fit."""
+    strategy = zero(stage)
+    fit(strategy, 2, Callback())
+    config = copy.deepcopy(strategy.config)  # what the strategy gives to its engine
+    seconds: dict[str, list[float]] = {"bare": [], "ours": []}
+    for _ in range(fits):
+        watch = Pairs(config)
+        fit(zero(stage), batches + 3, watch)
+        watch.engine.destroy()
+        for side, values in watch.seconds.items():
+            seconds[side] += values[3:]
     return seconds
 
 
@@ -122,16 +148,10 @@ def rank_main(rounds: int, batches: int, out: Path) -> None:
     warnings.filterwarnings("ignore")
     found: Any
     if rounds:
-        configs = {}
-        for stage in STAGES:  # what the strategy gives to its engine
-            strategy = zero(stage)
-            fit(strategy, 2, Callback())
-            configs[stage] = copy.deepcopy(strategy.config)
         sides = {"bare DDP": lambda: bare_ddp(batches), "DDP": lambda: timed("ddp", batches)}
         for stage in STAGES:
-            sides[f"bare engine, stage {stage}"] = lambda stage=stage: bare_engine(batches, configs[stage])  # type: ignore[misc]
             sides[f"ZeROStrategy, stage {stage}"] = lambda stage=stage: timed(zero(stage), batches)  # type: ignore[misc]
-        found = take_turns(sides, rounds)
+        found = {"turns": take_turns(sides, rounds), "pairs": [pairs(stage, rounds // 2, batches) for stage in STAGES]}
     else:
         found = list(held())
     if RANK == 0:
@@ -151,19 +171,13 @@ def print_bytes(ranks: int, rows: list[dict[str, Any]]) -> None:
         print(f"| {ranks} | {row['precision']} | {row['stage']} | {' | '.join(cells)} | {note} |", flush=True)
 
 
-def print_ratios(seconds: dict[str, list[float]]) -> None:
-    """What the strategy adds: to the bare engine, and without what the Trainer adds to DDP."""
-    trainer = median(a - b for a, b in zip(seconds["DDP"], seconds["bare DDP"], strict=True))
-    print(f"\nThe Trainer adds {trainer * 1e3:.2f} ms to DDP.\n")
-    for stage in STAGES:
-        ours, bare = seconds[f"ZeROStrategy, stage {stage}"], seconds[f"bare engine, stage {stage}"]
-        pair = compare({"bare": bare, "ours": ours})["ours"]
-        less = compare({"bare": bare, "ours": [value - trainer for value in ours]})["ours"]
-        ddp = compare({"ddp": seconds["DDP"], "ours": ours})["ours"]
-        print(
-            f"| {stage} | {pair.ratio:.3f} ({pair.low:.3f} to {pair.high:.3f}) | {less.ratio:.3f} "
-            f"({less.low:.3f} to {less.high:.3f}) | {ddp.ratio:.3f} ({ddp.low:.3f} to {ddp.high:.3f}) |"
-        )
+def print_ratios(turns: dict[str, list[float]], paired: list[dict[str, list[float]]]) -> None:
+    """What the strategy adds to the bare engine, batch by batch, and to DDP, round by round."""
+    for stage, seconds in zip(STAGES, paired, strict=True):
+        engine = compare(seconds)["ours"]
+        ddp = compare({"ddp": turns["DDP"], "ours": turns[f"ZeROStrategy, stage {stage}"]})["ours"]
+        cells = [f"{found.ratio:.3f} ({found.low:.3f} to {found.high:.3f})" for found in (engine, ddp)]
+        print(f"| {stage} | {len(seconds['ours'])} | {' | '.join(cells)} |")
 
 
 def main() -> None:
@@ -183,9 +197,9 @@ def main() -> None:
         for ranks in (1, 2) if arguments.quick else (1, 2, 4):
             print_bytes(ranks, launch(__file__, ranks, Path(folder) / f"{ranks}.json", "--rounds", "0"))
         rounds, batches = str(2 if arguments.quick else arguments.rounds), str(arguments.batches)
-        seconds = launch(__file__, 2, Path(folder) / "timed.json", "--rounds", rounds, "--batches", batches)
-    print(table("a step, 2 ranks", compare(seconds)))
-    print_ratios(seconds)
+        found = launch(__file__, 2, Path(folder) / "timed.json", "--rounds", rounds, "--batches", batches)
+    print(table("a step, 2 ranks", compare(found["turns"])) + "\n")
+    print_ratios(found["turns"], found["pairs"])
 
 
 if __name__ == "__main__":
