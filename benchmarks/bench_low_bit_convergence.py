@@ -3,8 +3,8 @@
 python benchmarks/bench_low_bit_convergence.py [--quick] [--seeds 3]
 
 The example projects' unedited modules and data: digits or clothes by a small convolutional network, and film reviews
-by a small GPT. A seed decides the initial weights and the order of the data, the same for all; what is found is compared
-seed by seed. Every matrix has low-bit state, embeddings as well.
+by a small GPT. A seed decides the initial weights and the order of the data, the same for all; what is found is
+compared seed by seed. Every matrix has low-bit state, embeddings as well.
 """
 
 from __future__ import annotations
