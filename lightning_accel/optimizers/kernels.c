@@ -1,6 +1,7 @@
 /* The loops of codes.py for float32 on a CPU, bit for bit what its tensor operations give.
  *
- * Compiled at run time without contraction (a * b + c stays two roundings), see kernels.py.
+ * Compiled at run time without contraction (a * b + c stays two roundings), see kernels.py. That nothing traps lets the
+ * compiler take both sides of a choice at once: fp8 is ten times as fast with it.
  */
 #include <stdint.h>
 #include <string.h>

@@ -23,7 +23,16 @@ import torch
 
 __all__ = ["address", "compiler", "kernels", "without_kernels"]
 
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-std=gnu11")
+_FLAGS = (
+    "-O3",
+    "-march=native",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fPIC",
+    "-shared",
+    "-std=gnu11",
+)
 _SOURCE = Path(__file__).with_name("kernels.c")
 _POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int32
 _ARGUMENTS: dict[str, list[Any]] = {
