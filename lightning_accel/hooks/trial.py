@@ -19,10 +19,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_accel.hooks.callback import AccelCallback, trainer_callbacks
@@ -147,6 +149,7 @@ def trial(trainer: Trainer, pl_module: LightningModule, *, without: Iterable[Cal
         [
             *(pl_module, *strategy.optimizers, *strategy._lightning_optimizers, *strategy.lr_scheduler_configs),
             *(trainer.fit_loop, trainer._logger_connector, strategy.precision_plugin, *callbacks),
+            getattr(strategy, "_ddp_comm_state", None),
             *(part for loader in loaders for part in _parts(loader)),
         ],
         surfaces=[trainer, strategy, *(() if datamodule is None else (datamodule,))],
@@ -163,6 +166,11 @@ def trial(trainer: Trainer, pl_module: LightningModule, *, without: Iterable[Cal
         trainer.loggers = [DummyLogger() for _ in trainer.loggers]
         trainer.profiler = PassThroughProfiler()  # type: ignore[attr-defined]  # a connector sets it
         trainer.fit_loop.epoch_loop.__dict__["update_lr_schedulers"] = _nothing
+        if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel):
+            # A wrapper of its own: DDP lays its buckets out anew after its first backward, and with more than two ranks
+            # the order of sums follows. The fit's wrapper passes over gradients of forwards that are not its own.
+            strategy.model = pl_module
+            strategy.configure_ddp()
         yield side
     finally:
         for plan in plans.values():

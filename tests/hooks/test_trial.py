@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
@@ -93,6 +94,18 @@ ROWS: dict[str, tuple[list[Any], dict[str, Any]]] = {
 def test_the_run_after_it_is_the_run_without_it(name: str) -> None:
     specs, arguments = ROWS[name]
     check(specs, **{"max_epochs": 2, **arguments})
+
+
+def test_a_scaler_goes_on_from_its_scale() -> None:
+    def scaled() -> MixedPrecision:
+        return MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2))
+
+    search, states = Search(), []
+    for callbacks in ([], [search]):
+        result = toy.run(callbacks, plugins=[scaled()], max_epochs=1)
+        states.append((result, result.final["MixedPrecision"]))
+    assert_same_training(states[1][0], states[0][0], "with a scaler")
+    assert states[0][1] == states[1][1] and states[0][1]["scale"] > 8.0
 
 
 def test_a_step_takes_a_window_and_gives_its_mean_loss() -> None:
