@@ -1,6 +1,6 @@
 """Every code of LowBitOptimizer against 32 bits on two real tasks: what is learned in the same steps.
 
-python benchmarks/bench_low_bit_convergence.py [--quick] [--seeds 3]
+python benchmarks/bench_low_bit_convergence.py [--quick] [--seeds 3] [--task "language model"]
 
 The example projects' unedited modules and data: digits or clothes by a small convolutional network, and film reviews
 by a small GPT. A seed decides the initial weights and the order of the data, the same for all; what is found is
@@ -85,6 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="1 seed of 20 steps")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--task", choices=list(TASKS), help="one of them alone")
     arguments = parser.parse_args()
     seeds = 1 if arguments.quick else arguments.seeds
     warnings.filterwarnings("ignore")
@@ -93,7 +94,8 @@ def main() -> None:
     print(f"{environment()}\n")
     print("| task | | on held-out data, lower is better | against 32 bits, by seed | |")
     print("| --- | --- | ---: | ---: | --- |")
-    for name, task in TASKS.items():
+    for name in [arguments.task] if arguments.task else list(TASKS):
+        task = TASKS[name]
         steps = 20 if arguments.quick else task["steps"]
         found: dict[str, list[float]] = {side: [] for side in SIDES}
         for seed in range(seeds):

@@ -13,7 +13,7 @@ from examples.image_classification import data
 from examples.image_classification.data import ImageData, read_fashion_mnist, read_mnist_5k
 from lightning_accel.cli.compare import make_parser
 from lightning_accel.cli.main import main
-from lightning_accel.cli.recipes import recipe_names
+from lightning_accel.cli.recipes import recipe_names, recipe_path
 
 FOLDER = Path("examples/image_classification")
 
@@ -52,7 +52,11 @@ def test_accelerated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize("name", recipe_names())
 def test_recipe(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fit(tmp_path, "--recipe", name)
-    assert "LabelSmoothing" in capsys.readouterr().out
+    plan = capsys.readouterr().out
+    entries = yaml.safe_load(recipe_path(name).read_text())["trainer"]["callbacks+"]
+    assert entries
+    for entry in entries:
+        assert entry["class_path"].rpartition(".")[2] in plan
 
 
 def test_accelerated_only_adds_callbacks() -> None:
