@@ -15,8 +15,10 @@ REPO = Path(__file__).resolve().parent.parent
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
 os.environ["MPLBACKEND"] = "Agg"
-# What `seed_everything` leaves behind: samplers and workers are seeded by it.
+# What `seed_everything` leaves behind: samplers and workers of later tests would be seeded by it.
 SEEDS = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+# What a launcher, or a strategy in its place, leaves behind: whatever is started later would believe to be of its run.
+RANKS = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
 for name in SEEDS:
     os.environ.pop(name, None)
 os.environ["COLUMNS"] = "140"  # how wide tables are printed, whatever terminal this is
@@ -46,11 +48,13 @@ def fixed_seeds() -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_seeds_left_behind() -> Iterator[None]:
-    """Take out of the environment what `seed_everything` puts there: it seeds samplers and workers of later tests."""
+def nothing_left_behind() -> Iterator[None]:
+    """Take away what `seed_everything` and strategies leave in the process: seeds, ranks, a process group."""
     yield
-    for name in SEEDS:
+    for name in (*SEEDS, *RANKS):
         os.environ.pop(name, None)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)

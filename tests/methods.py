@@ -65,6 +65,8 @@ class Method:
     """Why they need not agree."""
     finds_rate: bool = False
     """Whether it trains with another rate than was configured, which schedulers then start from."""
+    logs: tuple[str, ...] = ()
+    """The metrics that it logs itself."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """The strategies of :data:`STRATEGY_NAMES` that it refuses, and the regular expression of each refusal.
 
@@ -160,6 +162,7 @@ METHODS = [
         neutral=[use("NoiseScaleAccumulation", min_factor=1, max_factor=1)],
         manual="NoiseScaleAccumulation can't work with manual optimization.*set `automatic_optimization = True`",
         accumulation=TRAINER_ACCUMULATION,
+        logs=("noise_scale", "accumulation_factor"),
         refused=NO_NOISE,
         bad=(
             ({"min_factor": 0}, ValueError, "min_factor"),

@@ -41,7 +41,7 @@ def requirements() -> list[Requirement]:
 @pytest.mark.parametrize("requirement", requirements(), ids=str)
 def test_the_pins_are_within_the_bounds_of_the_metadata(requirement: Requirement) -> None:
     version = pins("pins.txt").get(requirement.name.lower().replace("_", "-"))
-    tested = {"peft", "optuna", "ray", "onnx", "onnxruntime", "pre-commit"}
+    tested = {"torchao", "peft", "optuna", "ray", "onnx", "onnxruntime", "pre-commit"}
     assert (version is None) == (requirement.name in tested), "pinned, or known not to be tested with"
     assert version is None or requirement.specifier.contains(version)
 
@@ -132,7 +132,7 @@ def test_the_wheel_holds_the_package_with_its_recipes(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.startswith(f"lightning_accel-{lightning_accel.__version__}-py3")
     names = zipfile.ZipFile(wheel).namelist()
-    source = [path for path in (REPO / "lightning_accel").rglob("*") if path.suffix in {".py", ".yaml", ".typed"}]
+    source = [path for path in (REPO / "lightning_accel").rglob("*") if path.suffix in {".py", ".c", ".yaml", ".typed"}]
     assert {path.relative_to(REPO).as_posix() for path in source} <= set(names)
     assert not [name for name in names if name.split("/")[0] in {"tests", "docs", "examples", "benchmarks"}]
     assert any(name.endswith("licenses/LICENSE") for name in names)
