@@ -16,7 +16,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 import lightning
 import torch
 
-__all__ = ["Timing", "compare", "environment", "interleaved", "shuffled", "table"]
+from lightning_accel.report.statistics import Estimate
+
+__all__ = ["Timing", "compare", "environment", "interleaved", "show", "shuffled", "table"]
 
 torch.set_num_threads(1)
 
@@ -99,3 +101,11 @@ def table(title: str, timings: Mapping[str, Timing], unit: float = 1e-3, unit_na
             f"| {name} | {timing.median / unit:.3f} | {timing.ratio:.3f} | {timing.low:.3f} to {timing.high:.3f} |"
         )
     return "\n".join(lines)
+
+
+def show(estimate: Estimate | None, sign: str = "", digits: int = 2) -> str:
+    """An estimate with its interval, where it has one."""
+    if estimate is None or estimate.low is None:
+        return "" if estimate is None else f"{estimate.value:{sign}.{digits}f}"
+    value, low, high = (f"{number:{sign}.{digits}f}" for number in (estimate.value, estimate.low, estimate.high))
+    return f"{value} ({low} to {high})"

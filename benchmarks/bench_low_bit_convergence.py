@@ -18,7 +18,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from _timing import environment  # first: it sets the threads before torch is imported
+from _timing import environment, show  # first: it sets the threads before torch is imported
 
 # isort: split
 from lightning.pytorch import LightningModule, Trainer, seed_everything
@@ -30,7 +30,7 @@ from examples.image_classification.model import ImageClassifier  # noqa: E402
 from examples.language_model.data import TextData  # noqa: E402
 from examples.language_model.model import GPT  # noqa: E402
 from lightning_accel import LowBitOptimizer  # noqa: E402
-from lightning_accel.report.statistics import Estimate, compute_verdict, difference, mean  # noqa: E402
+from lightning_accel.report.statistics import compute_verdict, difference, mean  # noqa: E402
 
 SIDES: dict[str, dict[str, Any]] = {
     "32 bits": {},
@@ -75,12 +75,6 @@ def fit(task: dict[str, Any], side: dict[str, Any], seed: int, steps: int) -> fl
     return float(trainer.callback_metrics[task["metric"]])
 
 
-def show(estimate: Estimate | None, sign: str = "") -> str:
-    if estimate is None or estimate.low is None:
-        return "" if estimate is None else f"{estimate.value:{sign}.4f}"
-    return f"{estimate.value:{sign}.4f} ({estimate.low:{sign}.4f} to {estimate.high:{sign}.4f})"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="1 seed of 20 steps")
@@ -105,7 +99,7 @@ def main() -> None:
         for side, values in found.items():
             change = None if side == "32 bits" else difference(found["32 bits"], values)
             verdict = compute_verdict(change, 0, "lower") if change else ""
-            print(f"| {name} | {side} | {show(mean(values))} | {show(change, '+')} | {verdict} |", flush=True)
+            print(f"| {name} | {side} | {show(mean(values), '', 4)} | {show(change, '+', 4)} | {verdict} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from _timing import environment  # first: it sets the threads before torch is imported
+from _timing import environment, show  # first: it sets the threads before torch is imported
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "image_classification"))
 
@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Subset
 
 from lightning_accel import BatchAugmentation, LabelSmoothing
 from lightning_accel.augment import CutMix, MixUp, RandomCrop, RandomHorizontalFlip
-from lightning_accel.report.statistics import Estimate, compute_verdict, difference, mean
+from lightning_accel.report.statistics import compute_verdict, difference, mean
 
 
 def sides() -> dict[str, list[Callback]]:
@@ -66,12 +66,6 @@ def accuracy(data: ImageData, callbacks: list[Callback], seed: int, images: int,
     with torch.no_grad():
         right = [(module(x).argmax(1) == y).sum() for x, y in data.val_dataloader()]
     return 100 * float(sum(right)) / len(data.val)
-
-
-def show(estimate: Estimate | None, sign: str = "") -> str:
-    if estimate is None or estimate.low is None:
-        return "" if estimate is None else f"{estimate.value:{sign}.2f}"
-    return f"{estimate.value:{sign}.2f} ({estimate.low:{sign}.2f} to {estimate.high:{sign}.2f})"
 
 
 def main() -> None:

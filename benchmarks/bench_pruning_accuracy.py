@@ -15,7 +15,7 @@ import logging
 import warnings
 from typing import Any
 
-from _timing import environment  # first: it sets the threads before torch is imported
+from _timing import environment, show  # first: it sets the threads before torch is imported
 
 # isort: split
 import numpy as np
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_accel import GradualPruning
-from lightning_accel.report.statistics import Estimate, compute_verdict, difference, mean
+from lightning_accel.report.statistics import compute_verdict, difference, mean
 
 FROM, TO = 0.1, 0.7  # of the fit
 
@@ -125,10 +125,6 @@ def run(data: tuple[Tensor, Tensor], side: str, amount: float, seed: int, epochs
         accuracy = 100 * float((module.net(x[test]).argmax(1) == y[test]).float().mean())
     weights = [layer.weight for layer in prunable(module)]
     return accuracy, sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
-
-
-def show(estimate: Estimate, sign: str = "") -> str:
-    return f"{estimate.value:{sign}.2f} ({estimate.low:{sign}.2f} to {estimate.high:{sign}.2f})"
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ Increase the Batch Size" (Smith et al. 2018, https://arxiv.org/abs/1711.00489), 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ from lightning_accel.accumulation.counting import Counted, count_batch, nearest_
 from lightning_accel.errors import check_choice, check_int
 from lightning_accel.hooks import AccumulationWindow, Contract, Moment
 from lightning_accel.hooks.weights import samples_of_a_batch, sum_over_ranks
+from lightning_accel.hooks.window import steps_at, unknown_steps
 from lightning_accel.schedules import Duration
 
 __all__ = ["GradientAccumulation", "factor_at", "parse_factors"]
@@ -225,18 +225,11 @@ class GradientAccumulation(AccumulationWindow):
     def count_steps(self, batches: int, epochs: int, max_steps: int = -1) -> int | float:
         """The optimizer steps of a whole fit; infinity where they depend on what is in the batches."""
         if self._counts_up:
-            if max_steps == -1:
-                rank_zero_warn(
-                    f"How many optimizer steps this fit will have is unknown: a step takes {self._target} "
-                    f"{self._unit}, in as many batches as that needs, so `trainer.estimated_stepping_batches` is "
-                    "infinite. For a schedule with an end, set `max_steps` of the Trainer."
-                )
-            return math.inf if max_steps == -1 else max_steps
+            return unknown_steps(f"{self._target} {self._unit}, in as many batches as that needs", max_steps)
         (start, factor), *changes = self._factors
         if changes or start.value > 0:
             return super().count_steps(batches, epochs, max_steps)
-        steps = math.ceil(batches / (self._factor or factor)) * epochs
-        return steps if max_steps == -1 else min(steps, max_steps)
+        return steps_at(self._factor or factor, batches, epochs, max_steps)
 
     # -------------------------------------------------------------------------------------------- how much they weigh
 

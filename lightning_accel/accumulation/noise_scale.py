@@ -25,6 +25,7 @@ from lightning_accel.hooks.clock import logs_now
 from lightning_accel.hooks.data import window_is_open
 from lightning_accel.hooks.gradients import part_of_square, squared_norm
 from lightning_accel.hooks.weights import samples_of_a_batch, sum_over_ranks
+from lightning_accel.hooks.window import steps_at, unknown_steps
 from lightning_accel.schedules import Duration
 
 __all__ = ["NoiseScaleAccumulation", "gradient_and_noise", "grown_factor", "noise_scale"]
@@ -229,15 +230,8 @@ class NoiseScaleAccumulation(AccumulationWindow):
     def count_steps(self, batches: int, epochs: int, max_steps: int = -1) -> int | float:
         """The optimizer steps of a whole fit; infinite, since they depend on what will be measured."""
         if self.min_factor == self.max_factor:
-            steps = math.ceil(batches / self.min_factor) * epochs
-            return steps if max_steps == -1 else min(steps, max_steps)
-        if max_steps == -1:
-            rank_zero_warn(
-                f"How many optimizer steps this fit will have is unknown: a step takes {self.min_factor} to "
-                f"{self.max_factor} batches, as the noise scale says, so `trainer.estimated_stepping_batches` is "
-                "infinite. For a schedule with an end, set `max_steps` of the Trainer."
-            )
-        return math.inf if max_steps == -1 else max_steps
+            return steps_at(self.min_factor, batches, epochs, max_steps)
+        return unknown_steps(f"{self.min_factor} to {self.max_factor} batches, as the noise scale says", max_steps)
 
     # ------------------------------------------------------------------------------------------------------ measuring
 

@@ -26,7 +26,7 @@ from lightning_accel.hooks.gradients import drop_gradients_, gradients_are_finit
 from lightning_accel.hooks.weights import WindowWeights, sum_over_ranks
 from lightning_accel.schedules import Moment
 
-__all__ = ["AccumulationWindow", "count_steps"]
+__all__ = ["AccumulationWindow", "count_steps", "steps_at", "unknown_steps"]
 
 
 class AccumulationWindow(AccelCallback):
@@ -322,3 +322,25 @@ def count_steps(next_factor: Any, batches: int, epochs: int, max_steps: int = -1
             done += min(next_factor(now), batches - done)
             step += 1
     return step
+
+
+def steps_at(factor: int, batches: int, epochs: int, max_steps: int = -1) -> int:
+    """What :func:`count_steps` gives where every window is of ``factor`` batches."""
+    steps = math.ceil(batches / factor) * epochs
+    return steps if max_steps == -1 else min(steps, max_steps)
+
+
+def unknown_steps(takes: str, max_steps: int) -> int | float:
+    """The optimizer steps of a fit whose windows can't be known before: the limit, or infinity, which is said.
+
+    Args:
+        takes: What a step takes, in words.
+        max_steps: The Trainer's limit on optimizer steps; -1 for none.
+    """
+    if max_steps != -1:
+        return max_steps
+    rank_zero_warn(
+        f"How many optimizer steps this fit will have is unknown: a step takes {takes}, so "
+        "`trainer.estimated_stepping_batches` is infinite. For a schedule with an end, set `max_steps` of the Trainer."
+    )
+    return math.inf

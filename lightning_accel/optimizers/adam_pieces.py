@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_accel.optimizers.codes import dither
 from lightning_accel.optimizers.layouts import quantized_moments
+from lightning_accel.optimizers.low_bit_plan import local_part
 from lightning_accel.optimizers.quantize import empty_moment, line_of, pieces
 from lightning_accel.optimizers.stochastic_rounding import generator_for, round_to_bfloat16_
 
@@ -36,7 +37,7 @@ def can_step_pieces(optimizer: Any, group: Mapping[str, Any], parameter: Tensor)
     plan = optimizer.low_bit
     if not plan.is_low_bit(parameter) or not (parameter.dtype is torch.float32 or plan.is_wide(parameter)):
         return False
-    local, gradient = _local(parameter.detach()), parameter.grad
+    local, gradient = local_part(parameter.detach()), parameter.grad
     if gradient.is_sparse or gradient.dtype != parameter.dtype or type(local) is not Tensor:
         return False
     if isinstance(parameter, DTensor) and (
@@ -54,7 +55,7 @@ def can_step_pieces(optimizer: Any, group: Mapping[str, Any], parameter: Tensor)
 @torch.no_grad()
 def step_pieces_(optimizer: Any, group: Mapping[str, Any], parameter: Tensor) -> None:
     """Step one parameter whose gradient is there."""
-    weight, gradient = _local(parameter.detach()), _local(parameter.grad.detach())  # type: ignore[union-attr]
+    weight, gradient = local_part(parameter.detach()), local_part(parameter.grad.detach())  # type: ignore[union-attr]
     if gradient.stride() != weight.stride():
         gradient = torch.empty_like(weight).copy_(gradient)
     plan, wide = optimizer.low_bit, optimizer.low_bit.is_wide(parameter)
@@ -109,7 +110,3 @@ def _moment(state: dict[str, Any], name: str, weight: Tensor, bits: int | str) -
         state[name] = moment
     coded: dict[str, Any] = state[name]
     return coded
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

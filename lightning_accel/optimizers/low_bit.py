@@ -80,8 +80,6 @@ class LowBitOptimizer(OptimizerTransform):
         ValueError: If an argument has a wrong value.
 
     Example:
-        >>> LowBitOptimizer(keep_32bit=["embedding"]).state_key
-        "LowBitOptimizer{'bits': 8, 'backend': 'auto', 'min_size': 4096, 'keep_32bit': ['embedding'], 'moments': {}}"
         >>> LowBitOptimizer(bits=4, bits_for={"head": 32}).bits
         4
     """
@@ -143,15 +141,15 @@ class LowBitOptimizer(OptimizerTransform):
             check_choice(f"moments[{name!r}]", sign, ("signed", "unsigned"))
         self._moments = {name: sign == "signed" for name, sign in (moments or {}).items()}
         self.choices: list[str] = []
-        given: dict[str, Any] = {"bits_for": bits_for or {}, **flags, "seed": seed}
-        usual = {"bits_for": {}, "keep_embeddings": True, "stochastic_rounding": False, "save_32bit": False, "seed": 0}
         super().__init__(
             bits=bits,
             backend=backend,
             min_size=min_size,
             keep_32bit=keep_32bit or [],
             moments=moments or {},
-            **{name: value for name, value in given.items() if value != usual[name]},
+            bits_for=bits_for or {},
+            seed=seed,
+            **flags,
         )
 
     def install(self, trainer: Any, pl_module: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_accel.errors import NoEffectWarning
@@ -19,6 +20,7 @@ __all__ = [
     "MOMENTS",
     "LowBitPlan",
     "hooked",
+    "local_part",
     "refusal",
     "retype_",
     "say_bits",
@@ -44,6 +46,11 @@ MOMENTS = {
 
 def _warn(message: str) -> None:
     warnings.warn(f"Low-bit state has no effect: {message}", NoEffectWarning, stacklevel=2)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; another tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def say_bits(bits: int | str) -> str:

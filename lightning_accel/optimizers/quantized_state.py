@@ -34,6 +34,7 @@ from lightning_accel.optimizers.low_bit_plan import (
     MOMENTS,
     LowBitPlan,
     hooked,
+    local_part,
     refusal,
     retype_,
     say_bits,
@@ -182,7 +183,7 @@ class QuantizedState(Optimizer):
                 if copy in self.state:
                     self.state[parameter] = self.state.pop(copy)
                     generator = generator_for(plan, parameter, group["low_bit_step"])
-                    round_to_bfloat16_(_local(parameter.detach()), _local(copy), generator)
+                    round_to_bfloat16_(local_part(parameter.detach()), local_part(copy), generator)
 
     def _step_on(self, parameters: list[Tensor], step: Callable[[], Any]) -> Any:
         for parameter in parameters:
@@ -282,10 +283,6 @@ def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _dtype(plan: LowBitPlan, parameter: Tensor) -> torch.dtype:
     """Of a parameter's moments when they are decoded."""
     return torch.float32 if plan.is_wide(parameter) else parameter.dtype
@@ -351,6 +348,6 @@ def _encode(
                 continue  # its difference to the squared mean must not become negative
             step = None if nearest else group.get("low_bit_step", 0)
             old = (held or {}).get((parameter, name))
-            state[name] = encode_moment(_local(value), signed, step, old, plan.bits_of(parameter))
+            state[name] = encode_moment(local_part(value), signed, step, old, plan.bits_of(parameter))
             count += 1
     return count
