@@ -7,20 +7,19 @@ the backward pass. It works on tensors with shapes and no memory as on real ones
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["LiveTensors", "storage_key"]
+from lightning_accel.hooks.memory import LiveBytes, storage_key
+
+__all__ = ["LiveTensors"]
 
 
-class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves these without types
+class LiveTensors(LiveBytes):
     """Counts the bytes that operations make while this context is entered; it may be entered several times.
 
     Args:
@@ -45,12 +44,9 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
     """
 
     def __init__(self, module: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.kept = self.casts = self.frozen_inputs = self.peak = 0
-        self._own = {storage_key(tensor) for tensor in (*module.parameters(), *module.buffers())}
-        self._module = module  # or the keys could be those of other storages
-        self._live: dict[int, tuple[weakref.ref[Any], int, bool]] = {}
-        self._bytes = {False: 0, True: 0}  # by whether it is a cast parameter
+        super().__init__(known=(*module.parameters(), *module.buffers()))
+        self.kept = self.casts = self.frozen_inputs = 0
+        self._casts: dict[int, int] = {}  # the bytes of those that are there, by key
         self._frozen_inputs: set[int] = set()  # the keys of those that are there
         for part in module.modules():
             if isinstance(part, nn.Linear) and not part.weight.requires_grad:
@@ -65,34 +61,25 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
         out = func(*args, **(kwargs or {}))
         is_cast = func is torch.ops.aten._to_copy.default and storage_key(args[0]) in self._own
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self.add(tensor, is_cast and tensor.dtype != args[0].dtype)
+            if isinstance(tensor, Tensor) and self.add(tensor) and is_cast and tensor.dtype != args[0].dtype:
+                self._casts[storage_key(tensor)] = tensor.untyped_storage().nbytes()
         return out
-
-    def add(self, tensor: Tensor, is_cast: bool = False) -> None:
-        """Count the memory behind a tensor, once, until it is gone."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._own or key in self._live:
-            return
-        nbytes = storage.nbytes()
-        self._live[key] = weakref.ref(storage, partial(self._remove, key)), nbytes, is_cast
-        self._bytes[is_cast] += nbytes
-        self.peak = max(self.peak, sum(self._bytes.values()))
 
     def forward_is_over(self) -> None:
         """Note what there is now: the backward pass begins."""
-        if sum(self._bytes.values()) >= self.kept + self.casts:
-            self.kept, self.casts = self._bytes[False], self._bytes[True]
+        if self.now >= self.kept + self.casts:
+            self.casts = sum(self._casts.values())
+            self.kept = self.now - self.casts
         self._frozen_inputs.clear()
 
-    def _remove(self, key: int, _: Any = None) -> None:
-        if key in self._live:
-            _, nbytes, is_cast = self._live.pop(key)
-            self._bytes[is_cast] -= nbytes
-            if key in self._frozen_inputs:
-                self._frozen_inputs.remove(key)
-                self.frozen_inputs += nbytes
+    def remove(self, key: int, _: Any = None) -> int:
+        """Count a storage no longer; of an input of a frozen layer, note that it was there."""
+        nbytes = super().remove(key)
+        self._casts.pop(key, None)
+        if key in self._frozen_inputs:
+            self._frozen_inputs.remove(key)
+            self.frozen_inputs += nbytes
+        return nbytes
 
     def _note_input(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         if args and isinstance(args[0], Tensor) and args[0].requires_grad and storage_key(args[0]) in self._live:
@@ -100,10 +87,4 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
 
     def _forget_gradient(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
-            self._remove(storage_key(parameter.grad))
-
-
-def storage_key(tensor: Tensor) -> int:
-    """What two tensors have in common if, and only if, they share memory; ``data_ptr`` is 0 where there is none."""
-    key: int = tensor.untyped_storage()._cdata
-    return key
+            self.remove(storage_key(parameter.grad))

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
+from lightning_accel.hooks.memory import storage_key
 from lightning_accel.hooks.tensors import tensors_in
-from lightning_accel.tuning.activations import storage_key
 
 __all__ = ["measure_flat_state", "measure_state"]
 

@@ -13,10 +13,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
+from lightning_accel.hooks.memory import storage_key
 from lightning_accel.hooks.optimizers import OptimizerTransform, parameter_names
 from lightning_accel.optimizers.low_bit import LowBitOptimizer
 from lightning_accel.strategies.wrapping import choose_blocks
-from lightning_accel.tuning.activations import storage_key
 from lightning_accel.tuning.fake import FakeStep, quiet
 from lightning_accel.tuning.memory import STRATEGIES, Model, Parameter, Settings, Strategy, Usage, memory_usage
 from lightning_accel.tuning.optimizer_state import measure_flat_state, measure_state
