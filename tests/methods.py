@@ -322,7 +322,6 @@ METHODS = [
     Method(
         "EMA",
         [use("EMA", decay=0.9, every="2step", start="0.1fit")],
-        refused={"zero3": "EMA can't work with ZeROStrategy at stage 3, which holds no whole weights"},
         neutral=[use("EMA", decay=0.0)],
         silent="it trains nothing otherwise: it changes what is evaluated, and what is left in the end",
         bad=(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ class Averages:
 
     A parameter that is shared has one average; one that is frozen gets one when it is unfrozen. Averages of
     floating dtypes below 32 bits are float32, which small changes would else be lost in; integer buffers are copied.
-    Of a parameter that is sharded over ranks (a ``DTensor``) each rank averages its part.
+    Of a parameter that is sharded over ranks (a ``DTensor``, or DeepSpeed's at stage 3) each rank averages its part.
 
     Args:
         module: The module; its tensors are looked up by name at each use, since they may be replaced.
@@ -92,6 +92,7 @@ class Averages:
             value = _local(present[name])
             self._trained[name] = value.to(average.device, copy=True)
             value.copy_(average)
+        _renew(present[name] for name in self.values)
 
     @torch.no_grad()
     def leave(self) -> None:
@@ -101,6 +102,7 @@ class Averages:
         present = self._present()
         for name, trained in self._trained.items():
             _local(present[name]).copy_(trained)
+        _renew(present[name] for name in self._trained)
         self._trained = None
 
     @torch.no_grad()
@@ -118,8 +120,8 @@ class Averages:
         """
         present = self._present()
         for name, average in state.items():
-            if name not in present or present[name].shape != average.shape:
-                got = f"has it as {tuple(present[name].shape)}" if name in present else "has no such parameter"
+            if name not in present or _shape(present[name]) != average.shape:
+                got = f"has it as {tuple(_shape(present[name]))}" if name in present else "has no such parameter"
                 raise ValueError(
                     f"Expected the module to have the averaged {name!r} {tuple(average.shape)}, but it {got}. Use the "
                     "module that the checkpoint was saved with, or start without it."
@@ -150,13 +152,33 @@ def _find_places(module: nn.Module, state: Mapping[str, Any]) -> dict[str, tuple
     return places
 
 
+def _shape(value: Any) -> torch.Size:
+    """The shape of the whole tensor."""
+    return torch.Size(value.ds_shape) if hasattr(value, "ds_shape") else value.shape
+
+
 def _local(value: Any) -> Tensor:
     """The part of a tensor that this rank has."""
+    if hasattr(value, "ds_tensor"):  # of DeepSpeed's stage 3: flat, of equal size on all ranks, the last one padded
+        return value.ds_tensor.detach()  # type: ignore[no-any-return]
     local: Tensor = value.to_local() if hasattr(value, "to_local") else value
     return local.detach()
 
 
+def _renew(values: Iterable[Any]) -> None:
+    """Let what is gathered of changed parts be gathered anew: a collective operation."""
+    whole = [value for value in values if hasattr(value, "ds_tensor") and value.numel() == value.ds_numel]
+    if whole:  # stage 3 keeps small ones whole at all times
+        whole[0].partition(param_list=whole)
+        whole[0].all_gather(param_list=whole)
+
+
 def _gathered(average: Tensor, like: Any) -> Tensor:
+    if hasattr(like, "ds_tensor"):
+        part = average.to(like.device)
+        parts = [torch.empty_like(part) for _ in range(torch.distributed.get_world_size(like.ds_process_group))]
+        torch.distributed.all_gather(parts, part, group=like.ds_process_group)
+        return torch.cat(parts)[: like.ds_numel].view(_shape(like)).cpu()
     if not hasattr(like, "to_local"):
         return average
     from torch.distributed.tensor import DTensor
@@ -167,6 +189,12 @@ def _gathered(average: Tensor, like: Any) -> Tensor:
 
 
 def _part(average: Tensor, like: Any) -> Tensor:
+    if hasattr(like, "ds_tensor"):
+        size, rank = like.ds_tensor.numel(), torch.distributed.get_rank(like.ds_process_group)
+        part = average.new_zeros(size)
+        own = average.flatten()[rank * size : (rank + 1) * size]
+        part[: own.numel()] = own
+        return part.to(like.ds_tensor.device)
     if not hasattr(like, "to_local"):
         return average.to(like.device)
     from torch.distributed.tensor import distribute_tensor

@@ -65,7 +65,7 @@ class EMA(AccelCallback):
         once=True,
         refuses={
             "FSDPStrategy": f"{_FLAT} Use FullyShardStrategy (accel_fsdp2).",
-            "DeepSpeedStrategy": "its stages are not told apart here. Use ZeROStrategy (accel_zero1, accel_zero2).",
+            "DeepSpeedStrategy": "it works with ZeROStrategy alone (accel_zero1, accel_zero2, accel_zero3): use that.",
             "WeightAveraging": _TWO,
             "StochasticWeightAveraging": _TWO,
         },
@@ -120,10 +120,9 @@ class EMA(AccelCallback):
             self._reset()
         if self.is_neutral:
             return
-        if getattr(trainer.strategy, "zero_stage_3", False):
+        if reason := _out_of_reach(trainer.strategy):
             raise MisconfigurationException(
-                f"{type(self).__name__} can't work with {type(trainer.strategy).__name__} at stage 3, which holds no "
-                "whole weights: use stage 1 or 2, or FullyShardStrategy (accel_fsdp2)."
+                f"{type(self).__name__} can't work with {type(trainer.strategy).__name__} where {reason}."
             )
         self.on_undo(self._drop)
         self.patch(trainer, "save_checkpoint", self._save)
@@ -310,6 +309,17 @@ class EMA(AccelCallback):
             return original(*args, **kwargs)
         finally:
             (averages.enter if were_in_place else averages.leave)()
+
+
+def _out_of_reach(strategy: Any) -> str:
+    """Why the averages can't be put in the place of the weights (DeepSpeed's, at stage 3), with the way out."""
+    config = getattr(strategy, "config", None)
+    zero = config.get("zero_optimization", {}) if isinstance(config, dict) else {}
+    if (zero.get("offload_param") or {}).get("device") == "nvme":
+        return "the weights are on a disk between their uses: use `offload_parameters='cpu'` or 'none'"
+    if zero.get("zero_hpz_partition_size", 1) > 1:
+        return "each node has a second copy of the weights: leave `hpz_partition_size` out"
+    return ""
 
 
 def _plain(name: str) -> str:

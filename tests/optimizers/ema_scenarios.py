@@ -17,6 +17,10 @@ STRATEGIES: dict[str, Any] = {
     "ddp": lambda: "ddp",
     "zero1": partial(ZeROStrategy, stage=1),
     "zero2": partial(ZeROStrategy, stage=2),
+    # small parameters are kept whole by default: here no one is, there the biases are
+    "zero3": partial(ZeROStrategy, stage=3, stage3={"persistence_threshold": 0}),
+    "zero3 small ones whole": partial(ZeROStrategy, stage=3, stage3={"persistence_threshold": 40}),
+    "zero3 offloaded": partial(ZeROStrategy, stage=3, offload_parameters="cpu", stage3={"persistence_threshold": 0}),
     "fsdp2": shards,
     "fsdp2 kept gathered": partial(shards, reshard_after_forward=False),
 }
@@ -38,12 +42,17 @@ def fits(name: str, folder: Path) -> dict[str, Any]:
     return {"plain": plain, "whole": whole, "resumed": resumed, "tested": tested[0]["val_loss"]}
 
 
-def refused(folder: Path) -> str:
-    try:
-        fit(ZeROStrategy(stage=3), Net, lambda: [ema()])
-    except Exception as error:
-        return str(error)
-    return "nothing"
+def refused(folder: Path) -> list[str]:
+    found = []
+    for options in (
+        {"offload_parameters": "nvme", "nvme_path": str(folder)},
+        {"zero_plus_plus": {"hpz_partition_size": 2}},
+    ):
+        try:
+            fit(ZeROStrategy(stage=3, **options), Net, lambda: [ema()])
+        except Exception as error:
+            found.append(str(error))
+    return found
 
 
 if __name__ == "__main__":
