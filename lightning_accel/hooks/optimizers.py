@@ -103,7 +103,12 @@ class OptimizerTransform(AccelCallback):
     Every strategy calls ``configure_optimizers``, so this works under all of them, before a checkpoint's optimizer
     state is restored. Changing an optimizer in place keeps everything that refers to it valid; returning another one is
     supported, and schedulers are then pointed at it.
+
+    Attributes:
+        module: Whose optimizer is being changed; None where none is.
     """
+
+    module: torch.nn.Module | None = None
 
     def transform_optimizer(self, optimizer: Optimizer, names: Mapping[torch.nn.Parameter, str]) -> Optimizer:
         """Return the optimizer to train with: the same object changed in place, or another.
@@ -118,10 +123,17 @@ class OptimizerTransform(AccelCallback):
         """Wrap ``configure_optimizers``."""
         self.patch(pl_module, "configure_optimizers", lambda original: self._configured(original(), pl_module))
 
+    def transform(self, optimizer: Optimizer, module: torch.nn.Module) -> Optimizer:
+        """Return what is to train ``module`` in the place of one of its optimizers."""
+        self.module = module
+        try:
+            return self.transform_optimizer(optimizer, parameter_names(module))
+        finally:
+            self.module = None
+
     def _configured(self, configured: Any, pl_module: LightningModule) -> Any:
-        names = parameter_names(pl_module)
         old = find_optimizers(configured)
-        new = [self.transform_optimizer(optimizer, names) for optimizer in old]
+        new = [self.transform(optimizer, pl_module) for optimizer in old]
         replacements = {}
         for before, after in zip(old, new, strict=True):
             if after is not before:

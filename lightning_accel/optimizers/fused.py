@@ -54,7 +54,6 @@ class FusedOptimizer(OptimizerTransform):
         super().__init__(enabled=enabled)
         self.enabled = enabled
         self.choices: list[str] = []
-        self._module: LightningModule | None = None
 
     @property
     def is_neutral(self) -> bool:
@@ -65,16 +64,11 @@ class FusedOptimizer(OptimizerTransform):
         """Wrap ``configure_optimizers``, unless it is switched off."""
         self.choices = []
         if self.enabled:
-            self._module = pl_module
-            self.on_undo(self._forget)
             super().install(trainer, pl_module)
-
-    def _forget(self) -> None:
-        self._module = None
 
     def transform_optimizer(self, optimizer: Optimizer, names: Mapping[torch.nn.Parameter, str]) -> Optimizer:
         """Turn on the fused step of one optimizer in place; say what was done, or warn that nothing could be."""
-        result = use_fused_(optimizer, sparse_parameters(self._module) if self._module is not None else ())
+        result = use_fused_(optimizer, sparse_parameters(self.module) if self.module is not None else ())
         name = type(optimizer).__name__
         changes = [change or f"unchanged ({reason})" for change, reason in result]
         if not any(change for change, _ in result):

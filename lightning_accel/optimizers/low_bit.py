@@ -136,7 +136,6 @@ class LowBitOptimizer(OptimizerTransform):
                 raise TypeError(f"Expected `{name}` to be a bool, but got {flag!r}.")
         self._seed = check_int("seed", seed, minimum=0) if stochastic_rounding else None
         self._keep_embeddings, self._save_32bit = keep_embeddings, save_32bit
-        self._module: torch.nn.Module | None = None
         for name, sign in (moments or {}).items():
             check_choice(f"moments[{name!r}]", sign, ("signed", "unsigned"))
         self._moments = {name: sign == "signed" for name, sign in (moments or {}).items()}
@@ -155,12 +154,7 @@ class LowBitOptimizer(OptimizerTransform):
     def install(self, trainer: Any, pl_module: Any) -> None:
         """Start the list of choices anew and wrap ``configure_optimizers``."""
         self.choices = []
-        self._module = pl_module
-        self.on_undo(self._forget)
         super().install(trainer, pl_module)
-
-    def _forget(self) -> None:
-        self._module = None
 
     def transform_optimizer(self, optimizer: Optimizer, names: Mapping[torch.nn.Parameter, str]) -> Optimizer:
         """Quantise the state of one optimizer in place.
@@ -230,8 +224,8 @@ class LowBitOptimizer(OptimizerTransform):
     def _chosen(self, names: Mapping[torch.nn.Parameter, str]) -> dict[torch.Tensor, int | str]:
         """The parameters whose bits are not ``bits``."""
         chosen: dict[torch.Tensor, int | str] = {}
-        if self._keep_embeddings and self._module is not None:
-            layers = self._module.modules()
+        if self._keep_embeddings and self.module is not None:
+            layers = self.module.modules()
             embeddings = (layer for layer in layers if isinstance(layer, (torch.nn.Embedding, torch.nn.EmbeddingBag)))
             chosen = {layer.weight: 32 for layer in embeddings}
         for parameter, name in names.items():

@@ -216,7 +216,6 @@ class Muon(OptimizerTransform):
             ns_steps=ns_steps,
         )
         self.choices: list[str] = []
-        self._module: LightningModule | None = None
 
     @property
     def is_neutral(self) -> bool:
@@ -227,12 +226,7 @@ class Muon(OptimizerTransform):
         """Wrap ``configure_optimizers``, unless it is switched off."""
         self.choices = []
         if not self.is_neutral:
-            self._module = pl_module
-            self.on_undo(self._forget)
             super().install(trainer, pl_module)
-
-    def _forget(self) -> None:
-        self._module = None
 
     def transform_optimizer(self, optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> Optimizer:
         """Put Muon beside one optimizer, in place; say what it steps, or warn that there is nothing."""
@@ -254,9 +248,9 @@ class Muon(OptimizerTransform):
         return optimizer
 
     def _choose(self, names: Mapping[nn.Parameter, str]) -> set[nn.Parameter]:
-        assert self._module is not None
+        assert self.module is not None
         if self._include is None:
-            chosen = {parameter: name for name, parameter in hidden_matrices(self._module).items()}
+            chosen = {parameter: name for name, parameter in hidden_matrices(self.module).items()}
         else:
             chosen = {parameter: name for parameter, name in names.items() if matches_any(self._include, name)}
             if wrong := [name for parameter, name in chosen.items() if parameter.dim() != 2]:

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
 from lightning_accel.hooks.memory import storage_key
-from lightning_accel.hooks.optimizers import OptimizerTransform, parameter_names
+from lightning_accel.hooks.optimizers import OptimizerTransform
 from lightning_accel.optimizers.low_bit import LowBitOptimizer
 from lightning_accel.strategies.wrapping import choose_blocks
 from lightning_accel.tuning.fake import FakeStep, quiet
@@ -263,7 +263,7 @@ def measure_model(
         ValueError: If an optimizer can't be planned.
     """
     parameters = list_parameters(module, blocks)
-    names, state, sharded_state, flat_state = parameter_names(module), 0, 0, 0
+    state = sharded_state = flat_state = 0
     low_bits = [transform for transform in transforms if isinstance(transform, LowBitOptimizer)]
     with quiet():
         for optimizer in step.optimizers:
@@ -273,7 +273,7 @@ def measure_model(
             own, single = sum(p.numel() * p.element_size() for p in trained), sum(p.numel() * 4 for p in trained)
             flat_state += plain * single // max(own, 1) if flat is None else flat
             for transform in transforms:
-                optimizer = transform.transform_optimizer(optimizer, names)
+                optimizer = transform.transform(optimizer, module)
             changed = measure_state(optimizer, mode) if low_bits else plain
             state += changed
             sharded_state += changed if all(takes_fsdp2(transform) for transform in low_bits) else plain

@@ -205,6 +205,20 @@ def test_low_bit_and_fused_optimizers(planner: Planner) -> None:
     assert any("not counted: GradualPruning" in note for note in found["notes"])
 
 
+def test_embeddings_keep_32_bits_and_muon_finds_its_matrices(tmp_path: Path) -> None:
+    sides = {"low": [{"class_path": "LowBitOptimizer"}], "muon": [{"class_path": "Muon"}]}
+    embeddings = (256 + 64) * 64
+    state = {}
+    for name, callbacks in sides.items():
+        config, out = tmp_path / f"{name}.yaml", tmp_path / f"{name}.json"
+        config.write_text(yaml.safe_dump({"trainer": {"callbacks+": callbacks}}))
+        command = ["plan", *EXAMPLE, "--config", str(config), "--device-memory", "8GiB", "--states-only"]
+        assert main([*command, "--json", str(out)]) == 0
+        state[name] = rows(out)["ddp"]["state"]
+    assert state["low"] == pytest.approx(embeddings * 8 + (PARAMETERS / 4 - embeddings) * 2.03, rel=0.04)
+    assert state["muon"] <= 2.001 * PARAMETERS
+
+
 def test_accumulation_keeps_gradients(planner: Planner) -> None:
     once, more = planner.row("accel_fsdp2"), planner.row("accel_fsdp2", accumulate_grad_batches=4)
     assert more["gradients"] == 3 * LAYER * 4 == pytest.approx(2 * once["gradients"], rel=1e-3)

@@ -166,7 +166,6 @@ def test_bits_by_name_and_embeddings_in_32() -> None:
     module = torch.nn.ModuleDict(
         {"words": torch.nn.Embedding(64, 64), "a": torch.nn.Linear(64, 64), "b": torch.nn.Linear(64, 64)}
     )
-    names = {parameter: name for name, parameter in module.named_parameters()}
     for arguments, expected in (
         ({}, [32, 8, 4]),
         ({"keep_embeddings": False}, [8, 8, 4]),
@@ -174,8 +173,7 @@ def test_bits_by_name_and_embeddings_in_32() -> None:
         ({"keep_32bit": ["words"], "keep_embeddings": False}, [32, 8, 4]),
     ):
         callback = LowBitOptimizer(**{"min_size": 512, "bits_for": {"^b": 4}, **arguments})  # type: ignore[arg-type]
-        callback._module = module
-        optimizer: Any = callback.transform_optimizer(MAKE["AdamW"](module.parameters()), names)
+        optimizer: Any = callback.transform(MAKE["AdamW"](module.parameters()), module)
         assert [optimizer.low_bit.bits_of(layer.weight) for layer in module.values()] == expected
         assert "8" in callback.choices[0] and "4 bits" in callback.choices[0]
 

@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
 from lightning_accel import FusedOptimizer, LowBitOptimizer
-from lightning_accel.hooks.optimizers import parameter_names
 from lightning_accel.report.sizes import optimizer_state_bytes
 from lightning_accel.tuning.fake import fake_module_
 from lightning_accel.tuning.optimizer_state import measure_flat_state, measure_state
@@ -136,7 +135,7 @@ def test_8_bit_state(backend: Any, options: dict[str, Any]) -> None:
 
     def make(net: nn.Module) -> Optimizer:
         optimizer = torch.optim.AdamW(groups(net))
-        return LowBitOptimizer(backend=backend, **options).transform_optimizer(optimizer, parameter_names(net))
+        return LowBitOptimizer(backend=backend, **options).transform(optimizer, net)
 
     found, expected = measure_state(make(fake), mode), real_bytes(make(real))  # nothing fake is left for the real one
     assert found == pytest.approx(expected, rel=0.02)
@@ -146,13 +145,11 @@ def test_8_bit_state(backend: Any, options: dict[str, Any]) -> None:
 def test_a_fused_optimizer_is_measured_as_any() -> None:
     mode = FakeTensorMode()
     net = fake_net(mode)
-    optimizer = FusedOptimizer().transform_optimizer(torch.optim.AdamW(groups(net)), parameter_names(net))
+    optimizer = FusedOptimizer().transform(torch.optim.AdamW(groups(net)), net)
     assert measure_state(optimizer, mode) == pytest.approx(real_bytes(torch.optim.AdamW(groups(Net()))), rel=1e-3)
 
 
 def test_an_expression_that_matches_nothing_is_refused_here_too() -> None:
     net = fake_net(FakeTensorMode())
     with pytest.raises((ValueError, MisconfigurationException), match="no_such"):
-        LowBitOptimizer(keep_32bit=["no_such"]).transform_optimizer(
-            torch.optim.AdamW(net.parameters()), parameter_names(net)
-        )
+        LowBitOptimizer(keep_32bit=["no_such"]).transform(torch.optim.AdamW(net.parameters()), net)
