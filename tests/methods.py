@@ -115,6 +115,7 @@ MIX = [use("augment.MixUp", alpha=0.4, per_sample=True), use("augment.CutMix", p
 AUGMENTATION = use("BatchAugmentation", transforms=[FLIP, CROP, *MIX])
 SMOOTHING = use("LabelSmoothing", smoothing=0.1)
 LOW_BIT = use("LowBitOptimizer", min_size=512)  # half of it is whole blocks: sharded over two ranks nothing differs
+ROUNDED = 1e-4  # a last bit decides how a value that lies between two codes is rounded
 ACCUMULATION = use("GradientAccumulation", factor=2)
 PRUNING = use("GradualPruning", amount=0.8, start="0.1fit", end="0.7fit", every="2step")
 
@@ -243,7 +244,7 @@ METHODS = [
     Method(
         "LowBitOptimizer bitsandbytes",
         [use("LowBitOptimizer", backend="bitsandbytes", min_size=256)],
-        single=1e-4,  # a last bit decides how a value that lies between two codes is rounded
+        single=ROUNDED,
         refused=NO_KERNELS,
         neutral=[use("LowBitOptimizer", backend="bitsandbytes", min_size=1_000_000)],
         neutral_warning="LowBitOptimizer has no effect",
@@ -380,6 +381,7 @@ STACKS = [
         [LOW_BIT, ACCUMULATION],
         manual=MANUAL_ACCUMULATION,
         accumulation=TRAINER_ACCUMULATION,
+        single=ROUNDED,
     ),
     Method("GradualPruning + LowBitOptimizer", [PRUNING, LOW_BIT]),
     Method("EMA + GradualPruning", [use("EMA", decay=0.9), PRUNING]),
