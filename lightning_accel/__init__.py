@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning_accel.optimizers.gradient_clipping import GradientClipping
     from lightning_accel.optimizers.low_bit import LowBitOptimizer
     from lightning_accel.optimizers.muon import Muon
+    from lightning_accel.optimizers.sam import SAM
     from lightning_accel.pruning.gradual import GradualPruning
     from lightning_accel.schedules import Duration
     from lightning_accel.strategies.ddp import RestartableDDPStrategy
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "EMA",
+    "SAM",
     "AutoResume",
     "BatchAugmentation",
     "Duration",
@@ -70,6 +72,7 @@ _HOME = {
     "NoEffectWarning": "errors",
     "NoiseScaleAccumulation": "accumulation.noise_scale",
     "RestartableDDPStrategy": "strategies.ddp",
+    "SAM": "optimizers.sam",
     "ZeROStrategy": "strategies.zero",
     "ZeroRedundancyStrategy": "strategies.zero_redundancy",
 }

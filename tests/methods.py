@@ -103,6 +103,10 @@ NO_NOISE = dict.fromkeys(
     ("zero1", "zero2", "zero3"),
     "NoiseScaleAccumulation can't work with ZeROStrategy: its engine reduces and splits gradients inside the backward",
 )
+NO_CLIMB = dict.fromkeys(
+    ("zero1", "zero2", "zero3"),
+    "SAM can't work with ZeROStrategy: its engine reduces and splits gradients.*FullyShardStrategy",
+)
 NO_RANKING = {
     "zero3": "GradualPruning can't work with ZeROStrategy at stage 3: it shards the weights.*Stages 1 and 2 work too",
     "fsdp2": "GradualPruning can't work with FullyShardStrategy: it shards the weights",
@@ -298,6 +302,29 @@ METHODS = [
         ),
     ),
     Method(
+        "SAM",
+        [use("SAM", every=2)],
+        neutral=[use("SAM", rho=0.0)],
+        manual="SAM can't work with manual optimization.*set `automatic_optimization = True`",
+        refused=NO_CLIMB,
+        bad=(
+            ({"rho": -0.1}, ValueError, "rho"),
+            ({"rho": "far"}, TypeError, "rho"),
+            ({"adaptive": 1}, TypeError, "adaptive"),
+            ({"eta": -1}, ValueError, "eta"),
+            ({"every": 0}, ValueError, "every"),
+            ({"every": "2step"}, TypeError, "every"),
+            ({"start": "soon"}, ValueError, "start"),
+        ),
+    ),
+    Method(
+        "SAM adaptive",
+        [use("SAM", adaptive=True, start="0.2fit")],
+        neutral=[use("SAM", rho=0.0, adaptive=True)],
+        manual="SAM can't work with manual optimization.*set `automatic_optimization = True`",
+        refused=NO_CLIMB,
+    ),
+    Method(
         "GradientClipping",
         [use("GradientClipping", threshold=0.1)],
         neutral=[use("GradientClipping", threshold=float("inf"))],
@@ -384,6 +411,20 @@ STACKS = [
         single=ROUNDED,
     ),
     Method("GradualPruning + LowBitOptimizer", [PRUNING, LOW_BIT]),
+    Method(
+        "SAM + GradientAccumulation tokens",
+        [use("SAM"), use("GradientAccumulation", target_batch_size=16, weight_by="tokens", count_key=1)],
+        manual="can't work with manual optimization.*set `automatic_optimization = True`",
+        accumulation=TRAINER_ACCUMULATION,
+    ),
+    Method(
+        "SAM + BatchAugmentation + GradualPruning + EMA + GradientAccumulation",
+        [use("SAM"), AUGMENTATION, PRUNING, use("EMA", decay=0.9), use("FusedOptimizer"), ACCUMULATION],
+        manual="can't work with manual optimization.*set `automatic_optimization = True`",
+        accumulation=TRAINER_ACCUMULATION,
+        single=None,
+        not_single="each rank draws for its own samples",
+    ),
     Method("EMA + GradualPruning", [use("EMA", decay=0.9), PRUNING]),
     Method(
         "BatchAugmentation + LabelSmoothing + GradientAccumulation",

@@ -23,7 +23,7 @@ from lightning_accel.errors import check_choice, check_int, check_number
 from lightning_accel.hooks import AccumulationWindow, Contract, Moment
 from lightning_accel.hooks.clock import logs_now
 from lightning_accel.hooks.data import window_is_open
-from lightning_accel.hooks.gradients import part_of_square, squared_norm
+from lightning_accel.hooks.gradients import gradients_of, part_of_square, squared_norm
 from lightning_accel.hooks.weights import samples_of_a_batch, sum_over_ranks
 from lightning_accel.hooks.window import steps_at, unknown_steps
 from lightning_accel.schedules import Duration
@@ -280,7 +280,8 @@ class NoiseScaleAccumulation(AccumulationWindow):
         assert self._small is not None
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scale = 1.0 if scaler is None else float(scaler.get_scale())  # the first gradient still has it
-        small, part = self._small / scale**2 / trainer.world_size, part_of_square(optimizer, trainer.world_size)
+        small = self._small / scale**2 / trainer.world_size
+        part = part_of_square(gradients_of(optimizer), trainer.world_size)
         own = torch.stack([small.double().cpu(), part.double().cpu()])
         small_square, large_square = sum_over_ranks(trainer, own).tolist()
         if not (math.isfinite(small_square) and math.isfinite(large_square)):

@@ -12,13 +12,12 @@ from functools import partial
 from typing import Any
 from weakref import WeakSet
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_accel.durability import replay
 from lightning_accel.hooks import AccelCallback, Contract, data
-from lightning_accel.hooks.resume import on_resume_end
+from lightning_accel.hooks.resume import gather_states, on_resume_end
 from lightning_accel.hooks.rng import get_rng_state, preserved_rng, set_rng_state
 
 __all__ = ["ExactResume"]
@@ -108,7 +107,7 @@ class ExactResume(AccelCallback):
         if state is None:  # nothing was trained
             return
         data.set_saved_loader_states(checkpoint, state["stateful"])
-        checkpoint.setdefault("callbacks", {})[self.state_key] = {"ranks": _gather(trainer, state)}
+        checkpoint.setdefault("callbacks", {})[self.state_key] = {"ranks": gather_states(trainer, state)}
 
     def _state_of_rank(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         where, loaders = data.place(trainer), data.train_loaders(trainer)
@@ -218,15 +217,6 @@ class ExactResume(AccelCallback):
         for loader, states in zip(data.train_loaders(trainer), state["generators"], strict=False):
             replay.set_generator_states(loader, states)
         set_rng_state(state["rng"])
-
-
-def _gather(trainer: Trainer, state: dict[str, Any]) -> list[dict[str, Any]]:
-    """The states of all ranks, on rank 0; on an exception only this one's, for the others may never come."""
-    if trainer.world_size == 1 or trainer.interrupted or not torch.distributed.is_initialized():
-        return [state]
-    states: list[Any] | None = [None] * trainer.world_size if trainer.is_global_zero else None
-    torch.distributed.gather_object(state, states, dst=0)
-    return [state] if states is None else states
 
 
 def _of_this_rank(trainer: Trainer, states: list[dict[str, Any]]) -> dict[str, Any] | None:

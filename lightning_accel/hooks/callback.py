@@ -159,7 +159,7 @@ class AccelCallback(Callback):
         """Hold other values of the module's parameters, in place, to what this method holds the parameters to.
 
         Args:
-            weights: By name, such as averages of them.
+            weights: By name, such as averages of them, or a direction to move them in.
         """
 
     def patch(self, owner: Any, name: str, call: Callable[..., Any]) -> None:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["drop_gradients_", "gradients_are_finite", "part_of_square", "scale_gradients_", "squared_norm"]
+__all__ = [
+    "drop_gradients_",
+    "gradients_are_finite",
+    "gradients_of",
+    "part_of_square",
+    "scale_gradients_",
+    "squared_norm",
+]
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
@@ -18,6 +25,11 @@ def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
         for parameter in group["params"]:
             if parameter.grad is not None:
                 yield parameter
+
+
+def gradients_of(optimizer: Optimizer) -> list[Tensor]:
+    """Every gradient that an optimizer is about to use."""
+    return [parameter.grad for parameter in _parameters(optimizer)]  # type: ignore[misc]  # none of them is None
 
 
 def scale_gradients_(optimizer: Optimizer, scale: float) -> None:
@@ -68,22 +80,21 @@ def squared_norm(gradients: Iterable[Tensor]) -> Tensor:
     return torch.zeros((), dtype=torch.float64) if total is None else total
 
 
-def part_of_square(optimizer: Optimizer, ranks: int) -> Tensor:
-    """This rank's part of the squared norm of the reduced gradients: the sum over all ranks is the whole.
+def part_of_square(gradients: Iterable[Tensor], ranks: int) -> Tensor:
+    """This rank's part of the squared norm of reduced gradients: the sum over all ranks is the whole.
 
     Args:
-        optimizer: Whose gradients.
+        gradients: Which every rank has, whole or in shards.
         ranks: How many ranks there are.
     """
     shares: dict[int, list[Tensor]] = {}
-    for parameter in _parameters(optimizer):
-        gradient: Any = parameter.grad
-        copies = ranks  # every rank has it whole, or some have the same shard of it
+    for gradient in gradients:
+        copies, sharded = ranks, cast(Any, gradient)  # every rank has it whole, or some have the same shard of it
         if hasattr(gradient, "placements"):
-            sizes = gradient.device_mesh.shape
+            sizes = sharded.device_mesh.shape
             copies = math.prod(
-                size for size, kind in zip(sizes, gradient.placements, strict=True) if kind.is_replicate()
+                size for size, kind in zip(sizes, sharded.placements, strict=True) if kind.is_replicate()
             )
         shares.setdefault(copies, []).append(gradient)
-    parts = [squared_norm(gradients) / copies for copies, gradients in shares.items()]
+    parts = [squared_norm(items) / copies for copies, items in shares.items()]
     return sum(parts[1:], parts[0]) if parts else torch.zeros((), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""A fit that is restored: which checkpoint, chosen where every strategy asks for it, and when it is done."""
+"""A fit that is saved and restored: the states of all ranks; which checkpoint is loaded, and when that is done."""
 
 from __future__ import annotations
 
@@ -6,11 +6,26 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 
 from lightning_accel.hooks.callback import AccelCallback
 
-__all__ = ["on_resume_end", "on_resume_start"]
+__all__ = ["gather_states", "on_resume_end", "on_resume_start"]
+
+
+def gather_states(trainer: Trainer, state: Any) -> list[Any]:
+    """The states of all ranks, on rank 0; elsewhere, and on an exception, only this one's: the others may never come.
+
+    Args:
+        trainer: The Trainer, which saves a checkpoint on all ranks.
+        state: That of this rank.
+    """
+    if trainer.world_size == 1 or trainer.interrupted or not torch.distributed.is_initialized():
+        return [state]
+    states: list[Any] | None = [None] * trainer.world_size if trainer.is_global_zero else None
+    torch.distributed.gather_object(state, states, dst=0)
+    return [state] if states is None else states
 
 
 def on_resume_start(callback: AccelCallback, trainer: Trainer, choose: Callable[[Any], Any]) -> None:

@@ -57,12 +57,13 @@ class WindowWeights:
     Attributes:
         reference: R: the mean count of a micro-batch in the last window, or at first that of the first micro-batches.
         counted: This rank's part of N so far.
+        count: n of the present micro-batch; None before the first one.
     """
 
     def __init__(self) -> None:
         self.reference = 0.0
         self.counted: Tensor = torch.tensor(0)
-        self._count: Tensor | None = None
+        self.count: Tensor | None = None
 
     def take(self, trainer: Trainer, count: Tensor, *, first: bool) -> None:
         """Take in the count of a micro-batch that is about to run; a collective operation where there is no R yet.
@@ -72,7 +73,7 @@ class WindowWeights:
             count: Its count, on its own device.
             first: Whether it is the first of its window.
         """
-        self._count = count
+        self.count = count
         if first:
             self.counted = torch.zeros_like(count)
             # One rank shares it with none: a window of one micro-batch then is that batch, bit for bit
@@ -81,9 +82,9 @@ class WindowWeights:
 
     def weigh(self, loss: Tensor) -> Tensor:
         """The loss of the micro-batch with its weight; its count is now part of the window's."""
-        assert self._count is not None
-        self.counted = self.counted.to(self._count.device) + self._count
-        weight = self._count.to(torch.promote_types(loss.dtype, torch.float32)) / self.reference
+        assert self.count is not None
+        self.counted = self.counted.to(self.count.device) + self.count
+        weight = self.count.to(torch.promote_types(loss.dtype, torch.float32)) / self.reference
         return loss * weight.to(loss.device)
 
     def finish(self, trainer: Trainer, divided_by: int, taken: int) -> float:

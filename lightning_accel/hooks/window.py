@@ -7,8 +7,11 @@ micro-batches weighs.
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -159,6 +162,26 @@ class AccumulationWindow(AccelCallback):
 
     def _set_length(self, trainer: Trainer, length: int) -> None:
         self._length = trainer.accumulate_grad_batches = length
+
+    @property
+    def present_count(self) -> Tensor | None:
+        """How much the present micro-batch weighs; None where all weigh the same."""
+        return self._weights.count if self.weighs else None
+
+    @contextmanager
+    def repeating(self, count: Tensor | None) -> Iterator[None]:
+        """Weigh losses like that of a micro-batch of this window that counts already.
+
+        Args:
+            count: What :attr:`present_count` was then.
+        """
+        weights, losses = self._weights, self._losses
+        self._weights, self._losses = copy.copy(weights), []
+        self._weights.count = count
+        try:
+            yield
+        finally:
+            self._weights, self._losses = weights, losses
 
     def _backward(self, original: Any, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Go backward from the loss with its weight."""
