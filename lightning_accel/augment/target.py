@@ -273,3 +273,7 @@ def smooth_targets(y: Tensor, smoothing: float) -> Tensor:
     targets, weights, before, usage = _parts(y)
     hard = y.hard if isinstance(y, MixedTarget) else y
     return _build(hard, targets, weights, compose_smoothing(before, smoothing), usage)
+
+
+# A batch that travels in a checkpoint, for what needs it again after a resume, is loaded with `weights_only=True`
+torch.serialization.add_safe_globals([_build, Usage])

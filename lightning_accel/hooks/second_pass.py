@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 from collections.abc import Callable, MutableMapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -198,10 +199,12 @@ class SecondPass:
             torch.save(items, buffer)
             torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
         except (pickle.PickleError, TypeError, AttributeError, RuntimeError) as error:
+            known = re.search(r"GLOBAL (\S+)", str(error))
             rank_zero_warn(
                 f"The checkpoint is saved inside an accumulation window, whose batches {self._name} needs again, but "
-                f"they can't be saved: {str(error).splitlines()[0]} A run resumed from it makes the step of this "
-                "window with the first gradient, as without it."
+                f"they can't be loaded with weights_only=True ({known[1] if known else error}): a run resumed from it "
+                "makes the step of this window with the first gradient, as without it. Make batches of tensors, or "
+                "name their classes in `torch.serialization.add_safe_globals`."
             )
             return None
         return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
