@@ -271,6 +271,19 @@ def test_a_window_goes_through_the_second_pass_as_a_whole() -> None:
     )
 
 
+def test_each_batch_of_a_window_has_its_own_random_draws_again() -> None:
+    drawn: list[float] = []
+
+    class Drawing(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            drawn.append(float(torch.rand(())))
+            return super().training_step(batch, batch_idx)
+
+    fit(Drawing(), SAM(), accumulate_grad_batches=2, limit_train_batches=4)
+    assert len(set(drawn)) == 4
+    assert drawn == [*drawn[0:2], *drawn[0:2], *drawn[4:6], *drawn[4:6]]
+
+
 def test_only_steps_that_are_due_keep_batches() -> None:
     expected = sam_by_hand(Net(), [batches()[:2], batches()[2:4]], rho=0.3, every=2)
     net = Net()
