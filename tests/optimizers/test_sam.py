@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -271,17 +272,28 @@ def test_a_window_goes_through_the_second_pass_as_a_whole() -> None:
     )
 
 
-def test_each_batch_of_a_window_has_its_own_random_draws_again() -> None:
+def test_each_batch_of_a_window_has_its_own_random_draws_again_and_none_is_used_up() -> None:
     drawn: list[float] = []
 
     class Drawing(Net):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             drawn.append(float(torch.rand(())))
+            if len(drawn) in (3, 4):  # in a second pass
+                torch.rand(9)
             return super().training_step(batch, batch_idx)
 
     fit(Drawing(), SAM(), accumulate_grad_batches=2, limit_train_batches=4)
-    assert len(set(drawn)) == 4
-    assert drawn == [*drawn[0:2], *drawn[0:2], *drawn[4:6], *drawn[4:6]]
+    first = [*drawn[0:2], *drawn[4:6]]
+    assert drawn == [*first[:2], *first[:2], *first[2:], *first[2:]] and len(set(first)) == 4
+    drawn.clear()
+
+    class Plain(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            drawn.append(float(torch.rand(())))
+            return super().training_step(batch, batch_idx)
+
+    fit(Plain(), limit_train_batches=4)
+    assert drawn == first
 
 
 def test_only_steps_that_are_due_keep_batches() -> None:
@@ -329,15 +341,17 @@ def test_a_batch_without_a_loss_is_passed_over() -> None:
 
 def test_a_resume_in_a_window_has_its_batches(tmp_path: Path) -> None:
     """With dropout: also the random draws of each batch."""
-    path = tmp_path / "window.ckpt"
+    path, complete = tmp_path / "window.ckpt", tmp_path / "complete.ckpt"
 
     def callbacks() -> list[Any]:
         return [SAM(rho=0.3), GradientAccumulation(3), ExactResume()]
 
     whole = Net(0.3)
-    fit(whole, *callbacks(), save_at("on_train_batch_end", path, on=1))
-    saved = torch.load(path, weights_only=True)["callbacks"]
-    assert len(saved[SAM(rho=0.3).state_key]["ranks"]) == 1
+    saves = [save_at("on_train_batch_end", path, on=1), save_at("on_train_batch_end", complete, on=2)]
+    fit(whole, *callbacks(), *saves)
+    key = SAM(rho=0.3).state_key
+    assert len(torch.load(path, weights_only=True)["callbacks"][key]["ranks"]) == 1
+    assert key not in torch.load(complete, weights_only=True)["callbacks"]
     resumed = Net(0.3)
     torch.manual_seed(77)
     make_trainer(*callbacks()).fit(resumed, loader(), ckpt_path=path, **WEIGHTS_ONLY)
@@ -703,6 +717,13 @@ def test_with_everything_that_steps() -> None:
         net = Net(optimizer=optimizer)
         fit(net, SAM(rho=0.3), *callbacks)
         assert len(net.calls) == 10 and all(value.isfinite().all() for value in net.state_dict().values())
+
+
+def test_an_epoch_without_backwards_has_no_second_pass() -> None:
+    """The Trainer's weight averaging makes one for the running means of batch norm."""
+    net = Net(norm=True, optimizer=partial(torch.optim.SGD, lr=0.01))
+    fit(net, SAM(), StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1), max_epochs=2)
+    assert len(net.calls) == 2 * 2 * 5 + 5
 
 
 def test_on_the_side_of_a_fit() -> None:
