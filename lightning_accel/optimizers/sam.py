@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_accel.errors import check_int, check_number
+from lightning_accel.errors import check_number
 from lightning_accel.hooks import AccelCallback, Contract, moment, parameter_names
 from lightning_accel.hooks.gradients import part_of_square, squared_norm
 from lightning_accel.hooks.second_pass import SecondPass
@@ -101,7 +101,7 @@ class SAM(AccelCallback):
         adaptive: Whether the perturbation is relative to the size of each weight (ASAM). Parameters without "weight" in
             their names, such as biases, are then perturbed as by SAM, as in its authors' code.
         eta: What is added to that size, where ``adaptive``.
-        every: How often, in optimizer steps: in those whose number, from 0, is a multiple of it. The others are plain.
+        every: In every how many optimizer steps: those whose number, from 0, is a multiple of it. The others are plain.
         start: When it begins; an int is in optimizer steps.
 
     Raises:
@@ -138,7 +138,7 @@ class SAM(AccelCallback):
         rho: float | None = None,
         adaptive: bool = False,
         eta: float = 0.01,
-        every: int = 1,
+        every: str | int | Duration = 1,
         start: str | int | Duration = 0,
     ) -> None:
         if not isinstance(adaptive, bool):
@@ -148,9 +148,11 @@ class SAM(AccelCallback):
         self.rho = check_number("rho", rho, 0, math.inf, open_high=True)
         self.adaptive = adaptive
         self.eta = check_number("eta", eta, 0, math.inf, open_high=True)
-        self.every = check_int("every", every, minimum=1)
+        self.every = Duration.parse("every", every)
+        if self.every.unit != "step" or self.every.value < 1:
+            raise ValueError(f"Expected `every` to be a number of optimizer steps of at least 1, but got {every!r}.")
         self.start = Duration.parse("start", start)
-        super().__init__(rho=self.rho, adaptive=adaptive, eta=self.eta, every=every, start=str(self.start))
+        super().__init__(rho=self.rho, adaptive=adaptive, eta=self.eta, every=str(self.every), start=str(self.start))
         self._forget()
 
     def _forget(self) -> None:
@@ -188,13 +190,14 @@ class SAM(AccelCallback):
             self._adaptive = {item for item, name in names.items() if "weight" in name and not name.endswith("bias")}
         if narrow := {str(item.dtype) for item in names if item.requires_grad and item.element_size() < 4}:
             rank_zero_warn(
-                f"{type(self).__name__} moves weights by little, most of which is rounded away in parameters of "
-                f"{', '.join(sorted(narrow))}: keep them in float32, with precision='bf16-mixed' or '16-mixed'."
+                f"{type(self).__name__} moves each weight by little, which is rounded away in parameters of "
+                f"{', '.join(sorted(narrow))}, the more of them there are: keep them in float32, with "
+                "precision='bf16-mixed' or '16-mixed'."
             )
 
     def _is_due(self, trainer: Trainer) -> bool:
         """Whether the next optimizer step has a second pass."""
-        if trainer.global_step % self.every:
+        if trainer.global_step % self.every.value:
             return False
         self._waits = self.start.value > 0 and not self.start.reached(moment(trainer))
         return not self._waits
