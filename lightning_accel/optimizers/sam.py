@@ -40,7 +40,7 @@ def perturb_(
     adaptive: Collection[Tensor] = (),
     eta: float = 0.01,
     square: Callable[[Iterable[Tensor]], Tensor] = squared_norm,
-) -> list[Tensor] | None:
+) -> bool:
     """Climb: move parameters by ``rho`` along their gradients, in place.
 
     Args:
@@ -51,14 +51,14 @@ def perturb_(
         square: From one tensor a parameter to the sum of the squares of all numbers in them, over all ranks.
 
     Returns:
-        What :func:`restore_` needs; None, and nothing has moved, where the gradient's norm is infinite or NaN.
+        Whether they have moved: not where the gradient's norm is infinite or NaN.
 
     Example:
         >>> w = torch.zeros(2, requires_grad=True)
         >>> w.grad = torch.tensor([3.0, 4.0])
-        >>> before = perturb_([w], rho=1.0)
-        >>> w
-        tensor([0.6000, 0.8000], requires_grad=True)
+        >>> before = [w.detach().clone()]
+        >>> perturb_([w], rho=1.0), w
+        (True, tensor([0.6000, 0.8000], requires_grad=True))
         >>> restore_([w], before)
     """
     gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
@@ -68,14 +68,16 @@ def perturb_(
     ]
     norm = math.sqrt(float(square(directions)))
     if not math.isfinite(norm):
-        return None
+        return False
     for parameter, direction in zip(parameters, directions, strict=True):
         if parameter in adaptive:
             direction.mul_(_size(parameter, eta))
-    moved = [local_part(parameter) for parameter in parameters]
-    before = [value.clone() for value in moved]
-    torch._foreach_add_(moved, [local_part(direction) for direction in directions], alpha=rho / (norm + 1e-12))
-    return before
+    torch._foreach_add_(_local(parameters), _local(directions), alpha=rho / (norm + 1e-12))
+    return True
+
+
+def _local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [local_part(tensor) for tensor in tensors]
 
 
 def _size(parameter: Tensor, eta: float) -> Tensor:
@@ -83,9 +85,9 @@ def _size(parameter: Tensor, eta: float) -> Tensor:
 
 
 @torch.no_grad()
-def restore_(parameters: Sequence[Tensor], before: list[Tensor]) -> None:
-    """Put parameters back, bit for bit, to where they were before :func:`perturb_`."""
-    torch._foreach_copy_([local_part(parameter) for parameter in parameters], before)
+def restore_(parameters: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+    """Put parameters back, bit for bit, to where copies say that they were before :func:`perturb_`."""
+    torch._foreach_copy_(_local(parameters), _local(before))
 
 
 class SAM(AccelCallback):
@@ -159,7 +161,7 @@ class SAM(AccelCallback):
         self._second_pass: SecondPass | None = None
         self._restored: dict[str, Any] = {}
         self._adaptive: set[Tensor] = set()
-        self._away: tuple[list[Tensor], list[Tensor]] | None = None  # what is moved now, and where it was
+        self._away: tuple[list[Tensor], list[Tensor]] | None = None  # what may be moved now, and where it was
         self._waits = False  # whether `start` was not reached so far
         self._said = False
 
@@ -213,13 +215,13 @@ class SAM(AccelCallback):
         square: Callable[[Iterable[Tensor]], Tensor] = squared_norm
         if any(hasattr(parameter, "placements") for parameter in parameters):  # sharded
             square = partial(_square_over_ranks, trainer)
-        before = perturb_(parameters, self.rho, self._adaptive, self.eta, square)
-        if before is None:
-            self._say_not_finite(trainer)
-            return
+        before = [parameter.detach().clone() for parameter in parameters]
         self._away = parameters, before
         try:
-            second_pass()
+            if perturb_(parameters, self.rho, self._adaptive, self.eta, square):
+                second_pass()
+            else:
+                self._say_not_finite(trainer)
         finally:
             restore_(parameters, before)
             self._away = None
@@ -267,11 +269,11 @@ class SAM(AccelCallback):
         parameters, before = self._away
         values = [local_part(parameter).data for parameter in parameters]  # autograd is to notice nothing
         moved = [value.clone() for value in values]
-        torch._foreach_copy_(values, before)
+        restore_(values, before)
         try:
             return original(*args, **kwargs)
         finally:
-            torch._foreach_copy_(values, moved)
+            restore_(values, moved)
 
 
 def _square_over_ranks(trainer: Trainer, gradients: Iterable[Tensor]) -> Tensor:
