@@ -39,6 +39,22 @@ hypothesis.settings.register_profile("repo", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repo")
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With several test processes, start with what takes long, so that they end together, and keep groups together."""
+    if not config.getoption("loadgroup", False):
+        return
+
+    def length(item: pytest.Item) -> tuple[float, bool]:
+        limit = item.get_closest_marker("timeout")
+        return limit.args[0] if limit else float(config.getini("timeout")), "slow" in item.keywords
+
+    items.sort(key=length, reverse=True)
+    for item in items:
+        for mark in item.iter_markers("xdist_group"):  # xdist 3.8 sets an attribute that pytest 9.2 no longer has
+            item._id = type(item.id).parse(f"{item.nodeid}@{mark.args[0]}")
+
+
 @pytest.fixture(autouse=True)
 def fixed_seeds() -> None:
     """Start every test from the same random states."""

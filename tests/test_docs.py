@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_accel
 import lightning_accel.augment
 from tests.conftest import REPO
+from tests.forking import python
 
 try:
     import tomllib
@@ -242,13 +243,13 @@ def check_command(words: list[str], *, run: bool) -> None:
         check_pip(arguments[1:])
     elif program == "lightning-accel" or [program, *arguments[:2]] == ["python", "-m", "lightning_accel"]:
         arguments = arguments if program == "lightning-accel" else arguments[2:]
-        command = [sys.executable, "-m", "lightning_accel", *arguments]
+        command = [python(), "-m", "lightning_accel", *arguments]
         run_command(command) if run else check_options(command)
     elif program == "python" and arguments and arguments[0].endswith(".py"):
         if arguments[0].startswith("benchmarks/"):
-            check_options([sys.executable, str(REPO / arguments[0]), *arguments[1:]])
+            check_options([python(), str(REPO / arguments[0]), *arguments[1:]])
         else:
-            run_command([sys.executable, *arguments]) if run else check_options([sys.executable, *arguments])
+            run_command([python(), *arguments]) if run else check_options([python(), *arguments])
     elif program in {"mkdocs", "pytest", "pre-commit", "ruff", "mypy"}:
         pass  # other projects' tools
     elif program == "cd" or words[:2] == ["git", "clone"]:

@@ -16,6 +16,7 @@ import pytest
 from lightning_accel.cli.runner import Job, execute
 from lightning_accel.report.receipt import Receipt
 from lightning_accel.report.record import Run
+from tests.forking import python
 
 PLAIN = """
 trainer: {max_epochs: 2, accelerator: cpu, logger: false, enable_checkpointing: false, log_every_n_steps: 1}
@@ -38,9 +39,9 @@ def project(own_directory: Path, repo: Path) -> Path:
     return own_directory
 
 
-def command(*extra: str) -> list[str]:
+def command(*extra: str, program: str = sys.executable) -> list[str]:
     args = ["compare", "--config", "plain.yaml", "--with", "accel.yaml", "--out", "out", *extra]
-    return [sys.executable, "-m", "lightning_accel", *args]
+    return [program, "-m", "lightning_accel", *args]
 
 
 def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 90) -> None:
@@ -67,7 +68,7 @@ def children_in(folder: Path) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_both_sides_and_a_crash(project: Path) -> None:
-    done = subprocess.run(command("--seeds", "2"), capture_output=True, text=True)
+    done = subprocess.run(command("--seeds", "2", program=python()), capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     assert "RuntimeError: the disk of dreams is full" in done.stdout
     receipt = Receipt.from_json((project / "out/receipt.json").read_text())
@@ -131,7 +132,8 @@ def test_ctrl_c_while_a_process_starts_leaves_none_behind(project: Path, monkeyp
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_bad_configuration_shows_what_lightning_says(project: Path) -> None:
+def test_bad_configuration_shows_what_lightning_says(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", python())
     (project / "plain.yaml").write_text(PLAIN.replace("max_epochs", "max_epoch"))
     job = Job("plain", 0, ["fit", "--config", "plain.yaml"], project)
     run = execute(job, lambda fraction: None)

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conformance import ranks, resume
 from tests.conformance.processes import made_once
-from tests.conformance.ranks import launch
-from tests.conformance.resume import make_runs
 from tests.conformance.strategies import run_all
 
 Make = Callable[[Path, list[str], list[str]], None]
@@ -34,13 +33,13 @@ def made(request: pytest.FixtureRequest, factory: pytest.TempPathFactory, fixtur
 @pytest.fixture(scope="session")
 def resume_runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with every uninterrupted run and every resumed one."""
-    return made(request, tmp_path_factory, "resume_runs", make_runs)
+    return made(request, tmp_path_factory, "resume_runs", resume.make_runs)
 
 
 @pytest.fixture(scope="session")
 def rank_runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with what each of two ranks left of every run."""
-    return made(request, tmp_path_factory, "rank_runs", launch)
+    return made(request, tmp_path_factory, "rank_runs", ranks.make_runs)
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 
-def start(module: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+def start(module: str, *arguments: str, program: str = sys.executable, **environment: str) -> subprocess.Popen[str]:
     """Start ``python -m module`` with one torch thread and its output kept."""
     return subprocess.Popen(
-        [sys.executable, "-m", module, *arguments],
+        [program, "-m", module, *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -1,6 +1,6 @@
 """Two ranks on the CPU: one launch makes every method's run, a second one resumes those that are resumed.
 
-    python -m tests.conformance.ranks PHASE FOLDER
+    python -m tests.conformance.ranks FOLDER PHASE
 
 with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment, as any launcher sets them.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 import traceback
 import warnings
@@ -21,10 +20,10 @@ import torch
 from torch.utils.data import DistributedSampler
 
 from tests.conformance.compare import assert_close, assert_equal
-from tests.conformance.processes import start, wait
 from tests.conformance.rows import EXACT, WRONG, Row, everything
 from tests.conformance.toy import BATCH_SIZE, Digits, run, train_loader, train_set
 from tests.methods import METHODS, STACKS, Method, use
+from tests.strategies.launch import launch
 
 RANKS = 2
 POINT = ("train batch end", 14)  # in mid-epoch, and in mid-window of a window of two
@@ -73,29 +72,11 @@ def run_row(folder: Path, row: Row, phase: str) -> None:
     torch.save({"weights": weights, "trace": result.trace}, file_of(folder, row.name, rank, phase))
 
 
-def launch(folder: Path, names: list[str], filters: list[str]) -> None:
+def make_runs(folder: Path, names: list[str], filters: list[str]) -> None:
     """Both launches, one after the other."""
     (folder / "rows.json").write_text(json.dumps({"names": names, "filters": filters}))
     for phase in ("uninterrupted", "resumed"):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        wait(
-            [
-                start(
-                    "tests.conformance.ranks",
-                    phase,
-                    str(folder),
-                    RANK=str(rank),
-                    LOCAL_RANK=str(rank),
-                    WORLD_SIZE=str(RANKS),
-                    MASTER_ADDR="127.0.0.1",
-                    MASTER_PORT=str(port),
-                    PYTHONHASHSEED=str(rank + 1),
-                )
-                for rank in range(RANKS)
-            ]
-        )
+        launch("tests.conformance.ranks", folder, [phase], RANKS)
 
 
 def results(folder: Path, name: str, phase: str) -> list[dict[str, Any]]:
@@ -130,7 +111,7 @@ def check_resumed_replicas(folder: Path, name: str) -> None:
         assert_equal(resumed["weights"], whole["weights"], "the weights")
 
 
-def main(phase: str, folder: Path) -> None:
+def main(folder: Path, phase: str) -> None:
     from _pytest.config import apply_warning_filters
 
     request = json.loads((folder / "rows.json").read_text())
@@ -151,4 +132,4 @@ def main(phase: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]).resolve())
+    main(Path(sys.argv[1]).resolve(), sys.argv[2])

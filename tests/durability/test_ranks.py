@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.durability.runs import differences
+from tests.forking import python
 
 TRAIN = """
 import os
 import sys
+import warnings
 from pathlib import Path
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -37,6 +38,7 @@ class Rank(Callback):
 folder, resume = Path(sys.argv[1]), sys.argv[2:]
 
 if __name__ == "__main__":
+    warnings.simplefilter("ignore")
     runs.seed(0 if not resume else 77)
     os.environ["PL_GLOBAL_SEED"] = "77" if resume else "0"  # a new DistributedSampler takes its seed from there
     trainer = Trainer(
@@ -52,7 +54,7 @@ if __name__ == "__main__":
 
 
 def train(folder: Path, *arguments: str) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", TRAIN, str(folder), *arguments]
+    command = [python(), "-c", TRAIN, str(folder), *arguments]
     subprocess.run(command, check=True, timeout=300, stdout=subprocess.DEVNULL)
 
 

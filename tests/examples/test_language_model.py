@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 
 from examples.language_model.data import cut, read_reviews
 from examples.language_model.model import GPT
+from tests.forking import python
 
 FOLDER = Path("examples/language_model")
 
@@ -38,7 +38,7 @@ def test_the_model_sees_only_what_came_before() -> None:
 def test_two_ranks_train_alike_under_every_strategy(repo: Path, tmp_path: Path) -> None:
     losses = {}
     for name in ("plain", "zero2", "zero3", "fsdp2"):
-        command = [sys.executable, "-m", "lightning_accel", "fit", "--config", str(FOLDER / "plain.yaml")]
+        command = [python(), "-m", "lightning_accel", "fit", "--config", str(FOLDER / "plain.yaml")]
         command += ["--config", str(FOLDER / f"{name}.yaml")] * (name != "plain")
         command += ["--trainer.max_steps=4", "--data.num_bytes=20000", f"--trainer.default_root_dir={tmp_path / name}"]
         command += ["--trainer.log_every_n_steps=1", "--trainer.logger=lightning.pytorch.loggers.CSVLogger"]

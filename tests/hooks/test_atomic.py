@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from lightning_accel.hooks.atomic import (
     remove_leftovers,
     write_beside,
 )
+from tests.forking import python
 
 
 def save_directory(path: Path, value: int = 1) -> Path:
@@ -85,7 +85,7 @@ with write_beside(Path({str(path)!r}), directory=True) as folder:
     (folder / "b.pt").write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
 """
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    assert subprocess.run([python(), "-c", code], check=False).returncode == -signal.SIGKILL
     assert is_complete(path) and len(hidden(tmp_path)) == 1
     leftover = tmp_path / hidden(tmp_path)[0]
     assert not is_complete(leftover)

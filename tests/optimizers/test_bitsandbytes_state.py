@@ -18,6 +18,7 @@ from lightning_accel.optimizers.bitsandbytes_state import (
 )
 from lightning_accel.optimizers.layouts import plain_state_dict
 from lightning_accel.optimizers.quantized_state import quantize_optimizer_
+from tests.forking import python
 from tests.optimizers.test_quantized_state import SCHEDULERS
 from tests.optimizers.toy import MAKE, final, model, train, weights
 
@@ -221,7 +222,7 @@ print("done", end="")
         saved = copy.deepcopy({"model": module.state_dict(), "optimizer": optimizer.state_dict()})
         train(module, optimizer, 3, start=4)
         torch.save({**saved, "weights": weights(module)}, tmp_path / f"{name}.pt")
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([python(), "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert done.stdout == "done", done.stderr
 
 

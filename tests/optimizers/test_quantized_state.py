@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from lightning_accel.errors import NoEffectWarning
 from lightning_accel.optimizers.fuse import use_fused_
 from lightning_accel.optimizers.layouts import plain_state_dict
 from lightning_accel.optimizers.quantized_state import quantize_optimizer_
+from tests.forking import python
 from tests.optimizers.toy import MAKE, final, model, train, weights
 
 SCHEDULERS: dict[str, Any] = {
@@ -172,7 +172,7 @@ print("done", end="")
         train(module, optimizer, 3, start=4)
         after = {"weights": weights(module), "state": optimizer.state_dict()["state"]}
         torch.save({**saved, **after}, tmp_path / f"{name}.pt")
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([python(), "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert done.stdout == "done", done.stderr
 
 

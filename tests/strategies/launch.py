@@ -20,8 +20,11 @@ from typing import Any
 import torch
 
 from tests.conformance.processes import start, wait
+from tests.forking import python
 
 __all__ = ["free_port", "launch", "outcome", "serve"]
+
+LAST_IMPORT = "deepspeed.runtime.zero.muon.original_muon"  # which DeepSpeed makes when it makes an engine, and is long
 
 
 def free_port() -> int:
@@ -33,13 +36,16 @@ def free_port() -> int:
 def launch(
     module: str, folder: Path, names: list[str], ranks: int = 2, seconds: float = 400, **environment: str
 ) -> None:
-    """Run the scenarios, one after another, in one set of processes."""
+    """Run the scenarios, one after another, in one set of processes, where even and odd ranks hash otherwise."""
     folder.mkdir(parents=True, exist_ok=True)
     common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **environment}
-    wait(
-        [start(module, str(folder), *names, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(ranks)],
-        seconds,
-    )
+    processes = []
+    for rank in range(ranks):
+        seed = 1 + rank % 2
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONHASHSEED": str(seed), **common}
+        program = python(LAST_IMPORT, hash_seed=seed)
+        processes.append(start(module, str(folder), *names, program=program, **own))
+    wait(processes, seconds)
 
 
 def outcome(folder: Path, name: str, rank: int = 0) -> Any:

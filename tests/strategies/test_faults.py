@@ -13,7 +13,7 @@ from tests.conformance.processes import made_once
 from tests.strategies.fault_scenarios import SCENARIOS, STRATEGIES
 from tests.strategies.launch import free_port, launch, outcome
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.xdist_group("faults"), pytest.mark.timeout(400)]
 MODULE = "tests.strategies.fault_scenarios"
 
 

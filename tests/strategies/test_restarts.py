@@ -16,7 +16,7 @@ from tests.conformance.processes import made_once
 from tests.strategies.launch import free_port
 from tests.strategies.restart_scenarios import STEPS
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("restarts"), pytest.mark.timeout(400)]
 # In a batch; when the checkpoint is whole but not in its place; and, where each rank writes a part, while rank 1 does.
 KILLS = ["accel_ddp:0:1:5:batch", "accel_ddp:1:0:12:move", "fsdp2:2:1:8:shard", "zero2:3:1:10:shard"]
 PAIRS = {"accel_ddp": "ddp", "fsdp2": "whole fsdp2", "zero2": "whole zero2"}
