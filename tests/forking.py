@@ -20,6 +20,7 @@ import json
 import os
 import runpy
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -33,7 +34,8 @@ from typing import Any
 
 __all__ = ["python"]
 
-IMPORTS = ["lightning.pytorch.cli", "sklearn.datasets", "torch.distributed.fsdp", "torchmetrics.classification"]
+IMPORTS = ["lightning.pytorch.cli", "sklearn.datasets", "torchmetrics.classification"]
+IMPORTS += ["torch._inductor.compile_fx", "torch.distributed.fsdp"]  # DeepSpeed imports the first, and takes long to
 EARLY = ("PYTHON", "LANG", "LC_", "LD_", "TZ", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "MPL", "POSSIBLE_USER")
 EARLY += ("CUDA_", "DS_", "TORCH_", "PYTORCH_")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -44,12 +46,11 @@ OWNER = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
 FOLDER = Path(tempfile.gettempdir()) / f"forking-{os.environ.get('PYTEST_XDIST_TESTRUNUID', uuid.uuid4().hex)}"
 
 
-def python(*imports: str, hash_seed: int | None = None) -> str:
-    """The path of the program; ``imports`` are more that the server imports, ``hash_seed`` is its PYTHONHASHSEED."""
+def python(hash_seed: int | None = None) -> str:
+    """The path of the program; there is a server for each PYTHONHASHSEED."""
     if sys.platform != "linux" or os.environ.get("FORKING") == "0":
         return sys.executable
-    name = "-".join(["python", *imports, *([] if hash_seed is None else [str(hash_seed)])])
-    folder, environment = FOLDER / name, {**ENVIRONMENT, "PYTHONPATH": ""}
+    folder, environment = FOLDER / str(hash_seed), {**ENVIRONMENT, "PYTHONPATH": ""}
     if hash_seed is not None:
         environment["PYTHONHASHSEED"] = str(hash_seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,9 +58,10 @@ def python(*imports: str, hash_seed: int | None = None) -> str:
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not program.exists():
-            command = [sys.executable, __file__, "serve", str(folder), str(OWNER), *IMPORTS, *imports]
+            command = [sys.executable, __file__, "serve", str(folder), str(OWNER)]
             subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=True)
-            program.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {__file__} call {folder} {sys.executable} "$@"\n')
+            command = [sys.executable, "-IS", __file__, "call", str(folder), sys.executable]
+            program.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
             program.chmod(0o755)
     return str(program)
 
@@ -85,7 +87,7 @@ def call(folder: Path, real: str, arguments: list[str]) -> None:
     sys.exit(status)
 
 
-def serve(folder: Path, owner: int, imports: list[str]) -> None:
+def serve(folder: Path, owner: int) -> None:
     """Import, then fork for each request until the owner has ended; returns in a process that is to run its request."""
     del sys.path[0]  # where this file is
     with socket.socket(socket.AF_UNIX) as listener:
@@ -97,7 +99,7 @@ def serve(folder: Path, owner: int, imports: list[str]) -> None:
         with (folder / "log").open("w") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
-        for name in imports:
+        for name in IMPORTS:
             importlib.import_module(name)
         sys.stdout.flush()
         gc.collect()
@@ -162,6 +164,7 @@ def keep(connection: socket.socket, gone: int) -> None:
 def become(request: dict[str, Any], files: list[int], program: Path) -> None:
     """Make this process what is asked for, and run it."""
     import numpy as np
+    import torch
     import torchmetrics.utilities.prints
     from lightning.fabric.utilities import rank_zero
 
@@ -179,11 +182,12 @@ def become(request: dict[str, Any], files: list[int], program: Path) -> None:
     rank_zero.rank_zero_only.rank = rank_zero._get_rank() or 0
     torchmetrics.utilities.prints.rank_zero_only.rank = int(environment.get("LOCAL_RANK", 0))
     np.random.seed()
+    torch.default_generator.seed()
     tempfile.tempdir = None
     sys.executable, sys.orig_argv = str(program), [str(program), *arguments]
     first = {"-m": request["directory"], "-c": ""}.get(arguments[0], os.path.dirname(os.path.realpath(arguments[0])))
     more = [os.path.abspath(path) for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
-    sys.path[:] = list(dict.fromkeys([first, *more, *sys.path]))
+    sys.path[:] = [first, *dict.fromkeys([*more, *sys.path])]
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     if arguments[0] == "-m":
         sys.argv = ["-m", *arguments[2:]]
@@ -192,13 +196,13 @@ def become(request: dict[str, Any], files: list[int], program: Path) -> None:
         sys.argv = ["-c", *arguments[2:]]
         exec(compile(arguments[1], "<string>", "exec"), vars(main))
     else:
-        sys.argv, main.__file__ = arguments, arguments[0]
+        sys.argv, main.__file__ = arguments, os.path.abspath(arguments[0])
         exec(compile(Path(arguments[0]).read_bytes(), arguments[0], "exec"), vars(main))
 
 
 if __name__ == "__main__":
     task, folder, *rest = sys.argv[1:]
     if task == "serve":
-        serve(Path(folder), int(rest[0]), rest[1:])
+        serve(Path(folder), int(rest[0]))
     else:
         call(Path(folder), rest[0], rest[1:])

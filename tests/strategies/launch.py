@@ -24,8 +24,6 @@ from tests.forking import python
 
 __all__ = ["free_port", "launch", "outcome", "serve"]
 
-LAST_IMPORT = "deepspeed.runtime.zero.muon.original_muon"  # which DeepSpeed makes when it makes an engine, and is long
-
 
 def free_port() -> int:
     with socket.socket() as free:
@@ -43,8 +41,7 @@ def launch(
     for rank in range(ranks):
         seed = 1 + rank % 2
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONHASHSEED": str(seed), **common}
-        program = python(LAST_IMPORT, hash_seed=seed)
-        processes.append(start(module, str(folder), *names, program=program, **own))
+        processes.append(start(module, str(folder), *names, program=python(seed), **own))
     wait(processes, seconds)
 
 
