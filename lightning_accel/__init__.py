@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightning_accel.optimizers.ema import EMA
     from lightning_accel.optimizers.fused import FusedOptimizer
     from lightning_accel.optimizers.gradient_clipping import GradientClipping
+    from lightning_accel.optimizers.in_backward import OptimizerInBackward
     from lightning_accel.optimizers.low_bit import LowBitOptimizer
     from lightning_accel.optimizers.muon import Muon
     from lightning_accel.optimizers.sam import SAM
@@ -49,6 +50,7 @@ __all__ = [
     "Muon",
     "NoEffectWarning",
     "NoiseScaleAccumulation",
+    "OptimizerInBackward",
     "RestartableDDPStrategy",
     "ZeROStrategy",
     "ZeroRedundancyStrategy",
@@ -71,6 +73,7 @@ _HOME = {
     "Muon": "optimizers.muon",
     "NoEffectWarning": "errors",
     "NoiseScaleAccumulation": "accumulation.noise_scale",
+    "OptimizerInBackward": "optimizers.in_backward",
     "RestartableDDPStrategy": "strategies.ddp",
     "SAM": "optimizers.sam",
     "ZeROStrategy": "strategies.zero",

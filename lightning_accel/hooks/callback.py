@@ -155,6 +155,16 @@ class AccelCallback(Callback):
         optimizers.
         """
 
+    def change_gradient(self, parameter: torch.Tensor) -> None:
+        """Change the gradient of one parameter before its step, in place.
+
+        For what touches gradients: it is called in the place of its ``on_before_optimizer_step``, with each parameter
+        that has a gradient, where parameters are stepped one at a time.
+
+        Args:
+            parameter: Its gradient is that of the step, over all ranks.
+        """
+
     def constrain(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Hold other values of the module's parameters, in place, to what this method holds the parameters to.
 

@@ -155,9 +155,14 @@ class GradientClipping(AccelCallback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Clip unit by unit."""
-        if self.by == "adaptive":
-            parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-            clip_units_((item for item in parameters if item not in self._excluded), self.threshold, self.eps)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                self.change_gradient(parameter)
+
+    def change_gradient(self, parameter: Tensor) -> None:
+        """Clip the units of one parameter; by norm and by value the Trainer does it."""
+        if self.by == "adaptive" and parameter not in self._excluded:
+            clip_units_([parameter], self.threshold, self.eps)
 
 
 def _set(trainer: Trainer, value: float | None, algorithm: GradClipAlgorithmType | None) -> None:

@@ -24,6 +24,7 @@ __all__ = [
     "refusal",
     "retype_",
     "say_bits",
+    "view_of",
     "without_hooks",
     "without_moments",
 ]
@@ -158,6 +159,13 @@ def retype_(optimizer: Optimizer, cls: type[Optimizer], **attributes: Any) -> No
 
         step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
         optimizer.step = step  # type: ignore[method-assign]
+
+
+def view_of(optimizer: Optimizer, cls: type[Optimizer], groups: list[dict[str, Any]], **attributes: Any) -> Any:
+    """An object of ``cls`` with the attributes of an optimizer, its state among them, and groups of its own."""
+    view = cls.__new__(cls)
+    vars(view).update(vars(optimizer), param_groups=groups, **attributes)
+    return view
 
 
 def without_hooks(step: Callable[..., Any]) -> Callable[..., Any]:

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from lightning_accel.errors import check_choice, check_int, check_number, check_patterns, matches_any
 from lightning_accel.hooks import Contract, OptimizerTransform, parameter_names
-from lightning_accel.optimizers.low_bit_plan import hooked, refusal, retype_, without_hooks
+from lightning_accel.optimizers.low_bit_plan import hooked, refusal, retype_, view_of, without_hooks
 
 __all__ = ["Muon", "hidden_matrices", "use_muon_"]
 
@@ -71,19 +71,13 @@ def use_muon_(optimizer: Optimizer, matrices: Sequence[Tensor], **options: Any) 
         raise ValueError(f"Expected an optimizer without Muon, but this {type(optimizer).__name__} has it already.")
     if reason := refusal(optimizer):
         raise ValueError(f"Expected an optimizer that Muon can be put beside, but {reason}.")
-    chosen = set(matrices)
     inner = torch.optim.Muon(matrices, **options)
-    (template,) = inner.param_groups
-    inner.param_groups = [
-        {**template, "params": [parameter for parameter in group["params"] if parameter in chosen]}
-        for group in optimizer.param_groups
-    ]
     for parameter in matrices:
         optimizer.state.pop(parameter, None)  # some make it at once
     base = type(optimizer)
     # The name stays, since loggers and LearningRateMonitor show it
     cls = type(base.__name__, (MuonStep, base), {"__module__": __name__, "_base": base})
-    retype_(optimizer, cls, muon=inner, muon_decays="weight_decay" not in options)
+    retype_(optimizer, cls, muon=inner, matrices=set(matrices), muon_decays="weight_decay" not in options)
     return optimizer
 
 
@@ -91,6 +85,7 @@ class MuonStep(Optimizer):
     """What :func:`use_muon_` puts before an optimizer's own class."""
 
     muon: Any
+    matrices: set[Tensor]
     muon_decays: bool
     _base: type[Optimizer]
 
@@ -100,27 +95,28 @@ class MuonStep(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        matrices = [parameter for group in self.muon.param_groups for parameter in group["params"]]
+        groups = [self._matrices_of(group) for group in self.param_groups]
+        matrices = [parameter for group in groups for parameter in group["params"]]
         gradients = [parameter.grad for parameter in matrices]
         for parameter in matrices:
             parameter.grad = None  # an optimizer passes over parameters without a gradient
         without_hooks(self._base.step)(self)
         for parameter, gradient in zip(matrices, gradients, strict=True):
             parameter.grad = gradient
-        self.muon.state = self.state  # loading a state replaces it
-        for inner, group in zip(self.muon.param_groups, self.param_groups, strict=False):
-            inner["lr"] = group["lr"]
-            if self.muon_decays:
-                inner["weight_decay"] = group.get("weight_decay", 0.0)
-        without_hooks(torch.optim.Muon.step)(self.muon)
+        without_hooks(torch.optim.Muon.step)(view_of(self.muon, torch.optim.Muon, groups, state=self.state))
         return loss
+
+    def _matrices_of(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """A group of Muon's, with the matrices of one of the optimizer's, and its rate and decay."""
+        (settings,) = self.muon.param_groups
+        own = {**settings, "params": [item for item in group["params"] if item in self.matrices], "lr": group["lr"]}
+        return {**own, "weight_decay": group.get("weight_decay", 0.0)} if self.muon_decays else own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state; what an optimizer without Muon kept of a matrix is dropped, with a warning."""
-        matrices = {parameter for group in self.muon.param_groups for parameter in group["params"]}
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        ours = {number: item for number, item in zip(numbers, parameters, strict=False) if item in matrices}
+        ours = {number: item for number, item in zip(numbers, parameters, strict=False) if item in self.matrices}
         others = {number: state for number, state in state_dict["state"].items() if number not in ours}
         self._base.load_state_dict(self, {**state_dict, "state": others})  # which knows nothing of a matrix's state
         dropped = 0

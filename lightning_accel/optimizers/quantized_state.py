@@ -135,7 +135,8 @@ class QuantizedState(Optimizer):
         if not _is_torchs(self._base):  # it may count steps or look at all parameters at once
             result = self._step_on(list(_parameters(self)), lambda: step(self, closure))
             found = any(map(quantized_moments, self.state.values()))
-            if self.param_groups[0]["low_bit_step"] == 1 and not found and self.low_bit.bits != 32:
+            sought = self.low_bit.bits != 32 and any(map(self.low_bit.is_low_bit, _parameters(self)))
+            if self.param_groups[0]["low_bit_step"] == 1 and sought and not found:
                 self.low_bit.warn(
                     f"no state of {type(self).__name__} is known to be a moment; name it in `moments` to quantise it."
                 )

@@ -129,6 +129,7 @@ class GradualPruning(AccelCallback):
     def _reset(self) -> None:
         self._weights: dict[str, nn.Parameter] = {}
         self._frozen: dict[str, nn.Parameter] = {}
+        self._places: dict[Tensor, int] = {}
         self._masks: list[Tensor] = []
         self._num_pruned = 0
         self._gradients_stay = True  # nobody changes gradients between their masking and the step
@@ -166,6 +167,7 @@ class GradualPruning(AccelCallback):
         self._weights, self._frozen, unmatched = select_weights(pl_module, self.include, self.exclude)
         if self._restored is not None:
             self._take_up(self._restored, pl_module)
+        self._places = {weight: place for place, weight in enumerate(self._weights.values())}
         if not self._weights:
             frozen = f" ({len(self._frozen)} that match are frozen)" if self._frozen else ""
             self.warn_no_effect(f"the module has no trainable weights to prune{frozen}; name some with `include`.")
@@ -194,6 +196,12 @@ class GradualPruning(AccelCallback):
         present = [(grad, mask) for grad, mask in pairs if grad is not None]
         apply_masks_([grad for grad, _ in present], [mask for _, mask in present])
         self._gradients_masked = self._gradients_stay
+
+    def change_gradient(self, parameter: Tensor) -> None:
+        """Zero the gradient of what is pruned of one parameter."""
+        place = self._places.get(parameter)
+        if place is not None and self._masks and parameter.grad is not None:
+            apply_masks_([parameter.grad], [self._masks[place]])
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
