@@ -121,6 +121,7 @@ SMOOTHING = use("LabelSmoothing", smoothing=0.1)
 LOW_BIT = use("LowBitOptimizer", min_size=512)  # half of it is whole blocks: sharded over two ranks nothing differs
 ROUNDED = 1e-4  # a last bit decides how a value that lies between two codes is rounded
 ACCUMULATION = use("GradientAccumulation", factor=2)
+IN_BACKWARD = use("OptimizerInBackward")
 PRUNING = use("GradualPruning", amount=0.8, start="0.1fit", end="0.7fit", every="2step")
 
 METHODS = [
@@ -257,6 +258,19 @@ METHODS = [
         "FusedOptimizer",
         [use("FusedOptimizer")],
         neutral=[use("FusedOptimizer", enabled=False)],
+        bad=(({"enabled": 1}, TypeError, "enabled"),),
+    ),
+    Method(
+        "OptimizerInBackward",
+        [IN_BACKWARD],
+        neutral=[use("OptimizerInBackward", enabled=False)],
+        silent="it takes the same steps, earlier",
+        manual="OptimizerInBackward can't work with manual optimization.*Set `automatic_optimization = True`",
+        accumulation=r"OptimizerInBackward can't work with Trainer\(accumulate_grad_batches=2\).*Remove one",
+        refused=dict.fromkeys(
+            ("zero1", "zero2", "zero3"),
+            "OptimizerInBackward can't work with ZeROStrategy: its engine reduces gradients.*Use 'accel_fsdp2'",
+        ),
         bad=(({"enabled": 1}, TypeError, "enabled"),),
     ),
     Method(
@@ -425,6 +439,12 @@ STACKS = [
         accumulation=TRAINER_ACCUMULATION,
         single=None,
         not_single="each rank draws for its own samples",
+    ),
+    Method(
+        "OptimizerInBackward + GradualPruning + LowBitOptimizer",
+        [IN_BACKWARD, PRUNING, LOW_BIT],
+        manual="OptimizerInBackward can't work with manual optimization",
+        accumulation="OptimizerInBackward can't work with Trainer",
     ),
     Method("EMA + GradualPruning", [use("EMA", decay=0.9), PRUNING]),
     Method(
