@@ -25,6 +25,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
+from torch.torch_version import TorchVersion
 
 from lightning_accel.hooks import AccelCallback, Contract, OptimizerTransform, trainer_callbacks
 from lightning_accel.hooks.replicas import leave_unwrapped
@@ -38,6 +39,10 @@ _ONE_BACKWARD = "a step is made of the gradient of one backward pass, which is g
 _OWN_ENGINE = (
     "its engine reduces gradients and steps in flat buffers of its own. Use 'accel_fsdp2', 'accel_ddp' or 'ddp'."
 )
+
+
+_OFFLOADED_GRADIENTS_ARRIVE = TorchVersion(torch.__version__) >= "2.13"
+"""Whether FSDP2 waits for a gradient's copy to the host before it calls the parameter's hooks."""
 
 
 @dataclass
@@ -140,6 +145,11 @@ class InBackwardStep(Optimizer):
             for handle in handles:
                 handle.remove()
 
+    def release(self) -> None:
+        """Step after the backward pass again."""
+        del self.arrivals
+        retype_(self, self._alone)
+
     def _twice(self, parameter: Tensor) -> str:
         name = self.arrivals.names.get(parameter, f"a parameter of shape {tuple(parameter.shape)}")
         return (
@@ -170,7 +180,7 @@ class OptimizerInBackward(OptimizerTransform):
         purpose="Step each parameter as its gradient arrives, so that gradients never exist all at once.",
         touches=frozenset({"optimizer", "gradients"}),
         acts="inside every backward pass",
-        expects="the memory of the gradients, of all but the largest one",
+        expects="less memory: one gradient at a time, not all",
         docs="methods/optimizer_in_backward",
         after=frozenset({"OptimizerTransform"}),  # all others: it steps whatever they make
         once=True,
@@ -245,7 +255,6 @@ class OptimizerInBackward(OptimizerTransform):
             if value:
                 nn.utils.clip_grad_value_([parameter], value)
 
-        base = type(optimizer)
         try:
             step_in_backward_(optimizer, Arrivals(change if changing or value else None, self._reduction, names))
         except ValueError as error:
@@ -253,7 +262,8 @@ class OptimizerInBackward(OptimizerTransform):
                 f"{type(self).__name__} can't work with {type(optimizer).__name__}: {error} Use another optimizer, "
                 "such as AdamW, or leave it out."
             ) from error
-        self.on_undo(lambda: retype_(optimizer, base))
+        assert isinstance(optimizer, InBackwardStep)
+        self.on_undo(optimizer.release)
         return optimizer
 
 
@@ -289,6 +299,12 @@ def _needs_all(trainer: Trainer, changing: list[AccelCallback]) -> str:
     for other in changing:
         if type(other).change_gradient is AccelCallback.change_gradient:
             return f"{type(other).__name__}: it changes the gradients of a step together. Remove one of them."
+    offloads = getattr(trainer.strategy, "offload", False) and trainer.strategy.root_device.type != "cpu"
+    if offloads and not _OFFLOADED_GRADIENTS_ARRIVE:
+        return (
+            f"{type(trainer.strategy).__name__}(offload=True) in torch {torch.__version__}, where gradients arrive "
+            "before they are in the host's memory. Use torch 2.13 or newer, or leave one of them out."
+        )
     if trainer.world_size > 1 and not isinstance(trainer.strategy, (DDPStrategy, ModelParallelStrategy)):
         return (
             f"{type(trainer.strategy).__name__}: when it reduces gradients is not known. Use 'ddp', 'accel_ddp' or "

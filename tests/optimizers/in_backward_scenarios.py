@@ -68,6 +68,16 @@ class Unfreeze(Callback):
             pl_module.requires_grad_(True)
 
 
+class Shuffled(Net):
+    """Whose parameters are not in the order in which they are used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        stem = self.stem
+        del self.stem
+        self.stem = stem
+
+
 class Count(Callback):
     """The most gradients that were there when one arrived, in the second epoch."""
 
@@ -160,8 +170,8 @@ def resumed(strategy: Callable[[], Any], folder: Path) -> Any:
 
 def counted(folder: Path) -> list[int]:
     plain, inside = Count(), Count()
-    fit("ddp", callbacks=lambda: [plain])
-    fit("ddp", callbacks=lambda: [OptimizerInBackward(), inside])
+    fit("ddp", Shuffled, callbacks=lambda: [plain])
+    fit("ddp", Shuffled, callbacks=lambda: [OptimizerInBackward(), inside])
     return [plain.most, inside.most]
 
 
