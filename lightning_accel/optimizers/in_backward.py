@@ -39,8 +39,6 @@ _ONE_BACKWARD = "a step is made of the gradient of one backward pass, which is g
 _OWN_ENGINE = (
     "its engine reduces gradients and steps in flat buffers of its own. Use 'accel_fsdp2', 'accel_ddp' or 'ddp'."
 )
-
-
 _OFFLOADED_GRADIENTS_ARRIVE = TorchVersion(torch.__version__) >= "2.13"
 """Whether FSDP2 waits for a gradient's copy to the host before it calls the parameter's hooks."""
 
@@ -241,7 +239,8 @@ class OptimizerInBackward(OptimizerTransform):
             MisconfigurationException: If something needs the gradients of all parameters at once.
         """
         trainer = self._trainer
-        assert trainer is not None and self.plan is not None
+        if trainer is None or self.plan is None:  # outside of a fit, to measure its state, which is the same
+            return optimizer
         others = [other for other in self.plan.callbacks if other is not self and not other.is_idle]
         changing = [other for other in others if "gradients" in other.contract.touches]
         if reason := _needs_all(trainer, changing):
@@ -302,8 +301,8 @@ def _needs_all(trainer: Trainer, changing: list[AccelCallback]) -> str:
     offloads = getattr(trainer.strategy, "offload", False) and trainer.strategy.root_device.type != "cpu"
     if offloads and not _OFFLOADED_GRADIENTS_ARRIVE:
         return (
-            f"{type(trainer.strategy).__name__}(offload=True) in torch {torch.__version__}, where gradients arrive "
-            "before they are in the host's memory. Use torch 2.13 or newer, or leave one of them out."
+            f"{type(trainer.strategy).__name__}(offload=True) in torch {torch.__version__}, where they may "
+            "arrive before they are in the host's memory. Use torch 2.13 or newer, or leave one of them out."
         )
     if trainer.world_size > 1 and not isinstance(trainer.strategy, (DDPStrategy, ModelParallelStrategy)):
         return (

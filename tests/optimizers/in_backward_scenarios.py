@@ -148,7 +148,7 @@ SAME: dict[str, Callable[[], Any]] = {
         both, RestartableDDPStrategy, module=partial(Net, extra="frozen"), callbacks=lambda: [Unfreeze()]
     ),
     "fsdp2": partial(both, shards),
-    "fsdp2, whole numbers": partial(both, shards, module=partial(Net, extra="temperature")),
+    "fsdp2, a parameter without dimensions": partial(both, shards, module=partial(Net, extra="temperature")),
     "fsdp2, tied": partial(both, shards, module=partial(Net, extra="tied")),
     "fsdp2, low bit": partial(both, shards, callbacks=low_bit),
     "fsdp2, clipped by value": partial(both, shards, callbacks=clipping("value")),
