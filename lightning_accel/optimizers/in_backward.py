@@ -153,7 +153,7 @@ class InBackwardStep(Optimizer):
         return (
             f"The gradient of {name} arrived twice in one step, when it had been stepped with the first part already. "
             "Make one backward pass of several, of the sum of their losses; checkpoint the activations of shared "
-            "layers with `use_reentrant=False`; call a sharded block once a step. Or leave OptimizerInBackward out."
+            "layers with `use_reentrant=False`. Or leave OptimizerInBackward out."
         )
 
     def __getstate__(self) -> dict[str, Any]:

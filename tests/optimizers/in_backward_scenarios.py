@@ -95,6 +95,14 @@ class Count(Callback):
             parameter.register_post_accumulate_grad_hook(look)
 
 
+class Twice(Net):
+    """Calls a block two times."""
+
+    def compute_loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        return nn.functional.cross_entropy(self.head(self.blocks[0](self.blocks[0](self.stem(x)))), y)
+
+
 Made = Callable[[], Sequence[Callback]]
 
 
@@ -153,6 +161,7 @@ SAME: dict[str, Callable[[], Any]] = {
     "fsdp2, low bit": partial(both, shards, callbacks=low_bit),
     "fsdp2, clipped by value": partial(both, shards, callbacks=clipping("value")),
     "fsdp2, clipped by unit": partial(both, shards, callbacks=clipping("adaptive")),
+    "fsdp2, a block twice": partial(both, shards, module=Twice),
     "fsdp2, offloaded": partial(both, partial(shards, offload=True)),
 }
 
@@ -185,20 +194,15 @@ class Outside(Net):
 
 class Sparse(Net):
     def __init__(self) -> None:
-        super().__init__("adagrad")
+        super().__init__()
         self.table = nn.Embedding(20, 8, sparse=True)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.05)
 
     def compute_loss(self, batch: Any) -> Tensor:
         x, y = batch
         return super().compute_loss((x + self.table(y), y))
-
-
-class Twice(Net):
-    """Calls a block two times."""
-
-    def compute_loss(self, batch: Any) -> Tensor:
-        x, y = batch
-        return nn.functional.cross_entropy(self.head(self.blocks[0](self.blocks[0](self.stem(x)))), y)
 
 
 REFUSED: dict[str, Callable[[], Any]] = {
@@ -206,7 +210,6 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "ZeroRedundancyStrategy": lambda: both(ZeroRedundancyStrategy),
     "a step without its closure": partial(both, module=Outside),
     "sparse gradients": partial(both, module=Sparse),
-    "a sharded block twice": partial(both, shards, module=Twice),
 }
 
 

@@ -55,7 +55,6 @@ REASONS = {
     "ZeroRedundancyStrategy": "ZeroRedundancyStrategy: each rank steps its part.*Use FullyShardStrategy",
     "a step without its closure": r"is one that was not, so it was not averaged.*Call `optimizer.step\(closure\)`",
     "sparse gradients": "Expected dense gradients.*sparse=False",
-    "a sharded block twice": "The gradient of blocks.0.* arrived twice in one step.*call a sharded block once a step",
 }
 
 
