@@ -97,6 +97,17 @@ def find_optimizers(configured: Any) -> list[Optimizer]:
     return found
 
 
+def find_schedulers(configured: Any) -> list[Any]:
+    """The learning-rate schedulers in what ``configure_optimizers`` returned, in order; each before those inside it."""
+    if isinstance(configured, (Optimizer, LightningOptimizer)):
+        return []
+    if isinstance(configured, dict):
+        configured = list(configured.values())
+    if isinstance(configured, (list, tuple)):
+        return [scheduler for item in configured for scheduler in find_schedulers(item)]
+    return _with_nested(configured) if hasattr(configured, "optimizer") else []
+
+
 class OptimizerTransform(AccelCallback):
     """A callback that changes each optimizer when the strategy has it made.
 

@@ -32,7 +32,7 @@ from lightning_accel.hooks.data import train_loaders
 from lightning_accel.hooks.rng import get_rng_state, set_rng_state
 from lightning_accel.hooks.snapshot import Snapshot
 
-__all__ = ["Trial", "before_training", "training_batches", "trial"]
+__all__ = ["Trial", "before_training", "loader_parts", "training_batches", "trial"]
 
 _OBSERVED = frozenset({"random state", "data order"})  # what touches nothing else has no part in a step
 _UNREACHABLE = {
@@ -144,16 +144,17 @@ def trial(trainer: Trainer, pl_module: LightningModule, *, without: Iterable[Cal
     ]
     plans = {id(callback.plan): callback.plan for callback in callbacks if isinstance(callback, AccelCallback)}
     loaders, strategy = train_loaders(trainer), trainer.strategy
+    parts, datasets = loader_parts(loaders)
     datamodule = getattr(trainer, "datamodule", None)
     snapshot = Snapshot(
         [
             *(pl_module, *strategy.optimizers, *strategy._lightning_optimizers, *strategy.lr_scheduler_configs),
             *(trainer.fit_loop, trainer._logger_connector, strategy.precision_plugin, *callbacks),
             getattr(strategy, "_ddp_comm_state", None),
-            *(part for loader in loaders for part in _parts(loader)),
+            *parts,
         ],
         surfaces=[trainer, strategy, *(() if datamodule is None else (datamodule,))],
-        left=[*plans.values(), *(dataset for loader in loaders for dataset in _datasets(loader))],
+        left=[*plans.values(), *datasets],
     )
     random_state = get_rng_state()
     stacks = {id(plan): plan.undo_stack for plan in plans.values() if plan is not None}
@@ -255,6 +256,13 @@ def _copy(loader: Any) -> Any:
         if isinstance(own.dataset, IterableDataset):
             vars(own)["dataset"] = copy.copy(own.dataset)
     return own
+
+
+def loader_parts(loaders: Iterable[Any]) -> tuple[list[Any], list[Any]]:
+    """What changes in loaders when they are gone through, and the data sets inside them, which are left alone."""
+    loaders = list(loaders)
+    parts = [part for loader in loaders for part in _parts(loader)]
+    return parts, [dataset for loader in loaders for dataset in _datasets(loader)]
 
 
 def _datasets(loader: Any) -> Iterator[Any]:

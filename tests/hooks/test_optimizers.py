@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from lightning_accel.hooks import OptimizerTransform, parameter_names, replace_optimizers
-from lightning_accel.hooks.optimizers import find_optimizers
+from lightning_accel.hooks.optimizers import find_optimizers, find_schedulers
 from tests.hooks.common import QUIET, At, Data, Tiny, contract, fit, loader, save_at
 
 
@@ -89,6 +89,16 @@ SHAPES: dict[str, Callable[[Optimizer, Any], Any]] = {
     "tuple of dictionaries": lambda o, s: ({"optimizer": o, "lr_scheduler": {"scheduler": s, "interval": "step"}},),
     "list of dictionaries": lambda o, s: [{"optimizer": o, "lr_scheduler": s}],
 }
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_schedulers_in_each_shape(shape: str) -> None:
+    optimizer = sgd(Tiny())
+    scheduler = SCHEDULERS["sequential"](optimizer)
+    expected = [scheduler, *scheduler._schedulers] if "list" in shape or "dictionar" in shape else []
+    if shape in ("list", "dictionary"):
+        expected = []
+    assert find_schedulers(SHAPES[shape](optimizer, scheduler)) == expected
 
 
 @pytest.mark.parametrize("shape", SHAPES)
