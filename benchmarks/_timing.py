@@ -18,7 +18,7 @@ import torch
 
 from lightning_accel.report.statistics import Estimate
 
-__all__ = ["Timing", "compare", "environment", "interleaved", "show", "shuffled", "table"]
+__all__ = ["Timing", "compare", "cpu_seconds", "environment", "interleaved", "show", "shuffled", "table"]
 
 torch.set_num_threads(1)
 
@@ -56,6 +56,24 @@ def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int, warmup:
             if number >= 0:
                 seconds[name].append(time.perf_counter() - began)
     return compare(seconds)
+
+
+def cpu_seconds(functions: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    """CPU seconds of each call, in a new random order each round; other processes do not count.
+
+    Args:
+        functions: As of :func:`interleaved`; each runs on one thread.
+        rounds: How often each is called.
+        warmup: How often each is called first without counting.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for number, order in enumerate(shuffled(list(functions), warmup + rounds), -warmup):
+        for name in order:
+            began = time.thread_time()
+            functions[name]()
+            if number >= 0:
+                seconds[name].append(time.thread_time() - began)
+    return seconds
 
 
 def shuffled(names: list[str], rounds: int) -> Iterator[list[str]]:

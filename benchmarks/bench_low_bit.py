@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import argparse
 import gc
-import random
-import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-from _timing import compare, environment, table  # first: it sets the threads before torch is imported
+from _timing import compare, cpu_seconds, environment, table  # first: it sets the threads before torch is imported
 
 # isort: split
 import bitsandbytes
@@ -58,20 +56,6 @@ def sides(name: str) -> dict[str, Callable[[Any], Optimizer]]:
         f"torch.optim.{name}": lambda p: plain(p, **options),
         f"torch.optim.{name}(foreach=True)": lambda p: plain(p, foreach=True, **options),
     }
-
-
-def cpu_seconds(steps: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of each side's step, in a new random order each round; other processes do not count."""
-    order, shuffler = list(steps), random.Random(0)
-    seconds: dict[str, list[float]] = {side: [] for side in steps}
-    for number in range(-2, rounds):
-        shuffler.shuffle(order)
-        for side in order:
-            began = time.thread_time()
-            steps[side]()
-            if number >= 0:
-                seconds[side].append(time.thread_time() - began)
-    return seconds
 
 
 def main() -> None:
