@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lightning_accel.optimizers.low_bit import LowBitOptimizer
     from lightning_accel.optimizers.muon import Muon
     from lightning_accel.optimizers.sam import SAM
+    from lightning_accel.optimizers.schedule_free import ScheduleFree
     from lightning_accel.pruning.gradual import GradualPruning
     from lightning_accel.schedules import Duration
     from lightning_accel.strategies.ddp import RestartableDDPStrategy
@@ -52,6 +53,7 @@ __all__ = [
     "NoiseScaleAccumulation",
     "OptimizerInBackward",
     "RestartableDDPStrategy",
+    "ScheduleFree",
     "ZeROStrategy",
     "ZeroRedundancyStrategy",
 ]
@@ -76,6 +78,7 @@ _HOME = {
     "OptimizerInBackward": "optimizers.in_backward",
     "RestartableDDPStrategy": "strategies.ddp",
     "SAM": "optimizers.sam",
+    "ScheduleFree": "optimizers.schedule_free",
     "ZeROStrategy": "strategies.zero",
     "ZeroRedundancyStrategy": "strategies.zero_redundancy",
 }

@@ -107,6 +107,9 @@ NO_CLIMB = dict.fromkeys(
     ("zero1", "zero2", "zero3"),
     "SAM can't work with ZeROStrategy: its engine reduces and splits gradients.*FullyShardStrategy",
 )
+NO_AVERAGE = dict.fromkeys(
+    ("zero1", "zero2", "zero3"), "ScheduleFree can't work with ZeROStrategy: it keeps its weights and state flat"
+)
 NO_RANKING = {
     "zero3": "GradualPruning can't work with ZeROStrategy at stage 3: it shards the weights.*Stages 1 and 2 work too",
     "fsdp2": "GradualPruning can't work with FullyShardStrategy: it shards the weights",
@@ -118,6 +121,7 @@ MIX = [use("augment.MixUp", alpha=0.4, per_sample=True), use("augment.CutMix", p
 
 AUGMENTATION = use("BatchAugmentation", transforms=[FLIP, CROP, *MIX])
 SMOOTHING = use("LabelSmoothing", smoothing=0.1)
+FREE = use("ScheduleFree", warmup_steps=3, schedulers="keep", batch_norm_batches=0)  # the toy has schedulers
 LOW_BIT = use("LowBitOptimizer", min_size=512)  # half of it is whole blocks: sharded over two ranks nothing differs
 ROUNDED = 1e-4  # a last bit decides how a value that lies between two codes is rounded
 ACCUMULATION = use("GradientAccumulation", factor=2)
@@ -378,6 +382,30 @@ METHODS = [
         ),
     ),
     Method(
+        "ScheduleFree",
+        [FREE],
+        neutral=[use("ScheduleFree", enabled=False)],
+        refused=NO_AVERAGE,
+        bad=(
+            ({"warmup_steps": -1}, ValueError, "warmup_steps"),
+            ({"warmup_steps": 0.1}, TypeError, "warmup_steps"),
+            ({"momentum": 1.0}, ValueError, "momentum"),
+            ({"momentum": "high"}, TypeError, "momentum"),
+            ({"r": -1}, ValueError, "r"),
+            ({"weight_lr_power": -1}, ValueError, "weight_lr_power"),
+            ({"schedulers": "ignore"}, ValueError, "schedulers"),
+            ({"batch_norm_batches": -1}, ValueError, "batch_norm_batches"),
+            ({"enabled": 1}, TypeError, "enabled"),
+        ),
+    ),
+    Method(
+        "ScheduleFree batch norm",
+        [use("ScheduleFree", momentum=0.8, schedulers="keep", batch_norm_batches=2)],
+        neutral=[use("ScheduleFree", enabled=False, batch_norm_batches=2)],
+        manual=r"ScheduleFree\(batch_norm_batches=...\) can't work with manual optimization.*set it to 0",
+        refused=NO_AVERAGE,
+    ),
+    Method(
         "LearningRateFinder",
         [use("LearningRateFinder", min_lr=1e-5, max_lr=0.3, num_steps=20)],
         neutral=[use("LearningRateFinder", enabled=False)],
@@ -447,6 +475,7 @@ STACKS = [
         accumulation="OptimizerInBackward can't work with Trainer",
     ),
     Method("EMA + GradualPruning", [use("EMA", decay=0.9), PRUNING]),
+    Method("ScheduleFree + GradualPruning", [FREE, PRUNING]),
     Method(
         "BatchAugmentation + LabelSmoothing + GradientAccumulation",
         [AUGMENTATION, SMOOTHING, ACCUMULATION],

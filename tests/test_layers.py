@@ -38,6 +38,7 @@ OPTIONAL = {
     "optuna",
     "peft",
     "ray",
+    "schedulefree",
     "sklearn",
     "torchao",
     "torchdata",

@@ -28,7 +28,15 @@ __all__ = ["PlanCLI", "plan_config"]
 
 _KEPT = ("max_epochs", "max_steps", "limit_train_batches", "accumulate_grad_batches")
 _DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
-_KEEP_WEIGHTS = ("EMA", "GradualPruning", "SAM", "StochasticWeightAveraging", "WeightAveraging", "EMAWeightAveraging")
+_KEEP_WEIGHTS = (
+    "EMA",
+    "GradualPruning",
+    "SAM",
+    "ScheduleFree",
+    "StochasticWeightAveraging",
+    "WeightAveraging",
+    "EMAWeightAveraging",
+)
 
 
 class PlanCLI(AccelCLI):
