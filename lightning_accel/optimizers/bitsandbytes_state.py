@@ -25,7 +25,7 @@ from lightning_accel.optimizers.layouts import (
 )
 from lightning_accel.optimizers.low_bit_plan import LowBitPlan, hooked, refusal, retype_, without_hooks
 
-__all__ = ["BitsAndBytesState", "bitsandbytes_missing", "bitsandbytes_refusal", "use_bitsandbytes_"]
+__all__ = ["BitsAndBytesState", "bitsandbytes_missing", "bitsandbytes_refusal", "paged_refusal", "use_bitsandbytes_"]
 
 _CLASSES: dict[type[Optimizer], str] = {
     torch.optim.AdamW: "AdamW8bit",
@@ -49,6 +49,18 @@ def bitsandbytes_refusal(optimizer: Optimizer) -> str:
                 return f"bitsandbytes has no {parameter.dtype} parameters"
             if not parameter.is_contiguous():
                 return "bitsandbytes would change the memory layout (channels_last) of its parameters"
+    return ""
+
+
+def paged_refusal(optimizer: Optimizer) -> str:
+    """Why bitsandbytes can't page the state of this optimizer, or an empty string."""
+    if not isinstance(optimizer, torch.optim.Adam):
+        return f"bitsandbytes has no paged {type(optimizer).__name__}"
+    for device in sorted({parameter.device.type for group in optimizer.param_groups for parameter in group["params"]}):
+        if device != "cuda":
+            return (
+                f"paged state moves between a CUDA GPU and main memory, and there are parameters on the {device} device"
+            )
     return ""
 
 
@@ -96,6 +108,7 @@ def use_bitsandbytes_(
     keep: Collection[Tensor] = (),
     names: Mapping[Any, str] | None = None,
     say: Callable[[str], Any] = print,
+    paged: bool = False,
 ) -> Optimizer:
     """Keep the moments of an optimizer in 8 bits by the kernels of bitsandbytes, in place.
 
@@ -105,18 +118,23 @@ def use_bitsandbytes_(
         keep: Parameters that keep their state in 32 bits. bitsandbytes' process-wide manager is not involved.
         names: Names of the parameters, for messages.
         say: Told in one line when a loaded checkpoint had to be converted.
+        paged: Keep the state of parameters with at least 100,000 elements where the GPU's memory and main memory are
+            one, so that what does not fit into the first is moved as it is needed.
 
     Returns:
         The same object.
 
     Raises:
         ImportError: If bitsandbytes is not installed.
-        ValueError: If its maths would change, with the option that is the reason.
+        ValueError: If its maths would change, with the option that is the reason; or if its state can't be paged.
     """
     check_int("min_size", min_size, minimum=1)
     if reason := bitsandbytes_refusal(optimizer):
         raise ValueError(f"Expected an optimizer whose maths bitsandbytes computes, but {reason}.")
-    kernel = getattr(require("bitsandbytes", "bitsandbytes", "Low-bit state by bitsandbytes").optim, _class(optimizer))
+    if paged and (reason := paged_refusal(optimizer)):
+        raise ValueError(f"Expected an optimizer whose state can be paged, but {reason}.")
+    library = require("bitsandbytes", "bitsandbytes", "Low-bit state by bitsandbytes").optim
+    kernel = getattr(library, f"Paged{_class(optimizer)}" if paged else _class(optimizer))
     arguments = {"momentum": 0.9} if kernel.__name__ == "SGD8bit" else {}
     donor = kernel([torch.nn.Parameter(torch.zeros(1))], lr=0.1, min_8bit_size=min_size, **arguments)
     base = type(optimizer)
@@ -145,6 +163,8 @@ class BitsAndBytesState(Optimizer):
     low_bit: LowBitPlan
     _kernel: type[Optimizer]
     name2qmap: dict[str, Tensor]
+    is_paged: bool
+    get_state_buffer: Callable[..., Tensor]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take the step of bitsandbytes, unless an option was changed to one that it does not compute."""
@@ -206,7 +226,16 @@ class BitsAndBytesState(Optimizer):
                 state[index] = self._native(parameter, plain[index])
                 converted += 1
         groups = plain_state_dict(state_dict, self)["param_groups"]
+        # bitsandbytes would load all of them into the memory of the GPU, and leave them there
+        paged = {
+            index: {name: native.pop(name) for name in ("state1", "state2")} if self.is_paged else {}
+            for index, native in state.items()
+        }
         super().load_state_dict({"state": state, "param_groups": groups})
+        for index, moments in paged.items():
+            for name, value in moments.items():
+                buffer = self.get_state_buffer(parameters[index], dtype=value.dtype)
+                self.state[parameters[index]][name] = buffer.copy_(value)
         if converted:
             name = type(self).__name__
             self.low_bit.say(f"Converted the state of {converted} parameters of a {name} checkpoint for bitsandbytes.")
@@ -222,5 +251,5 @@ class BitsAndBytesState(Optimizer):
                 self.name2qmap[code] = self.name2qmap[code].to(parameter.device)
                 value, details = quantize_blockwise(value, code=self.name2qmap[code], blocksize=256)
                 native |= {f"qmap{number}": self.name2qmap[code], f"absmax{number}": details.absmax}
-            native[f"state{number}"] = value
+            native[f"state{number}"] = value.cpu() if self.is_paged else value
         return native

@@ -6,11 +6,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_accel.optimizers.quantize import BLOCK, decode_moment
 
-__all__ = ["bitsandbytes_names", "bitsandbytes_parts", "check_same_class", "plain_state_dict", "quantized_moments"]
+__all__ = [
+    "bitsandbytes_names",
+    "bitsandbytes_parts",
+    "check_same_class",
+    "is_of_a_library",
+    "plain_state_dict",
+    "quantized_moments",
+    "torchao_parts",
+]
 
 _NAMES: dict[type[Optimizer], tuple[str, ...]] = {
     torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
@@ -27,6 +36,7 @@ def bitsandbytes_names(optimizer: Optimizer) -> tuple[str, ...]:
 
 
 _PARTS = ({"codes", "scales"}, {"codes", "scales", "shape", "stride"})
+_TORCHAO_PARTS = ({"codes", "scale"}, {"codes", "scale", "qmap"}, {"codes", "scale", "qmap", "shape"})
 _KEPT: dict[type[Optimizer], tuple[set[str], set[str]]] = {
     torch.optim.Adam: ({"exp_avg", "exp_avg_sq"}, {"max_exp_avg_sq"}),
     torch.optim.AdamW: ({"exp_avg", "exp_avg_sq"}, {"max_exp_avg_sq"}),
@@ -74,6 +84,26 @@ def bitsandbytes_parts(entries: Mapping[str, Any]) -> dict[str, Any]:
     return parts if "state1" in parts else {}
 
 
+def torchao_parts(value: Any) -> dict[str, Any]:
+    """What a moment coded by torchao is made of, from its tensor or as it is saved here; or an empty dict.
+
+    ``codes`` and a ``scale`` a block; the table of values ``qmap``, but for fp8; and in 4 bits, of which two are in a
+    byte, the ``shape``.
+    """
+    if isinstance(value, Tensor) and hasattr(value, "codes"):
+        names = ("codes", "scale", "qmap")
+        parts = {name: getattr(value, name) for name in names if hasattr(value, name)}
+        return parts if value.codes.shape == value.shape else {**parts, "shape": list(value.shape)}
+    return dict(value) if isinstance(value, dict) and set(value) in _TORCHAO_PARTS else {}
+
+
+def is_of_a_library(entries: Any) -> bool:
+    """Whether the state of one parameter is in the layout of bitsandbytes or of torchao."""
+    if not isinstance(entries, dict):
+        return False
+    return bool(bitsandbytes_parts(entries)) or any(map(torchao_parts, entries.values()))
+
+
 def plain_state_dict(state_dict: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
     """Decode a low-bit state dict to the layout of torch, for an optimizer without low-bit state.
 
@@ -88,7 +118,8 @@ def plain_state_dict(state_dict: dict[str, Any], optimizer: Optimizer) -> dict[s
     for index, entries in state_dict["state"].items():
         if isinstance(entries, dict):
             decoded = {name: decode_moment(moment) for name, moment in quantized_moments(entries).items()}
-            entries = {**entries, **decoded}
+            coded = {name: parts for name, value in entries.items() if (parts := torchao_parts(value))}
+            entries = {**entries, **decoded, **{name: _from_torchao(parts) for name, parts in coded.items()}}
             if parts := bitsandbytes_parts(entries):
                 entries = _from_bitsandbytes(parts, optimizer)
         state[index] = entries
@@ -113,3 +144,12 @@ def _from_bitsandbytes(parts: Mapping[str, Any], optimizer: Optimizer) -> dict[s
             value = (ratios * scales).view(value.shape)
         plain[name] = value
     return plain
+
+
+def _from_torchao(parts: Mapping[str, Any]) -> Tensor:
+    codes, scale = parts["codes"], parts["scale"]
+    if "shape" in parts:
+        codes = torch.stack([codes >> 4, codes & 15], dim=-1)
+    ratios = parts["qmap"][codes.int()] if "qmap" in parts else codes.float()
+    values: Tensor = ratios.view(len(scale), -1) * scale.view(-1, 1)
+    return values.view(parts.get("shape", codes.shape))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
 from lightning_accel.errors import NoEffectWarning
@@ -19,11 +19,14 @@ __all__ = [
     "BITS",
     "MOMENTS",
     "LowBitPlan",
+    "as_part_of",
     "hooked",
+    "loaded_parameters",
     "local_part",
     "refusal",
     "retype_",
     "say_bits",
+    "spread",
     "view_of",
     "without_hooks",
     "without_moments",
@@ -52,6 +55,32 @@ def _warn(message: str) -> None:
 def local_part(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor; another tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def as_part_of(parameter: Tensor, local: Tensor) -> Tensor:
+    """A tensor of the size of this rank's part of a parameter; of a sharded one sharded like it."""
+    if not isinstance(parameter, DTensor):
+        return local
+    mesh, shape, stride = parameter.device_mesh, parameter.shape, parameter.stride()
+    made: Tensor = DTensor.from_local(local, mesh, parameter.placements, run_check=False, shape=shape, stride=stride)
+    return made
+
+
+def spread(parameter: Tensor, value: Any) -> Any:
+    """A value that was saved whole, sharded like a sharded parameter; any other as it is."""
+    fits = isinstance(value, Tensor) and not isinstance(value, DTensor) and value.shape == parameter.shape
+    if not isinstance(parameter, DTensor) or not fits:
+        return value
+    mesh = parameter.device_mesh
+    whole = DTensor.from_local(value.to(parameter.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return whole.redistribute(mesh, parameter.placements)
+
+
+def loaded_parameters(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[Any, Tensor]:
+    """The parameter of each index of a state dict."""
+    indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return dict(zip(indices, parameters, strict=False))  # torch tells which group does not fit
 
 
 def say_bits(bits: int | str) -> str:

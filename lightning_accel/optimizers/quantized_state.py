@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_accel.errors import check_choice, check_int
 from lightning_accel.optimizers.adam_pieces import can_step_pieces, step_pieces_
 from lightning_accel.optimizers.layouts import (
-    bitsandbytes_parts,
     check_same_class,
+    is_of_a_library,
     plain_state_dict,
     quantized_moments,
 )
@@ -33,11 +33,14 @@ from lightning_accel.optimizers.low_bit_plan import (
     BITS,
     MOMENTS,
     LowBitPlan,
+    as_part_of,
     hooked,
+    loaded_parameters,
     local_part,
     refusal,
     retype_,
     say_bits,
+    spread,
     without_hooks,
 )
 from lightning_accel.optimizers.quantize import decode_moment, encode_moment, moment_bits
@@ -199,7 +202,7 @@ class QuantizedState(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state, with the moments of sharded parameters decoded: their codes fit no other number of ranks."""
         result: dict[str, Any] = super().state_dict()
-        state, parameters = dict(result["state"]), _loaded_parameters(self, result)
+        state, parameters = dict(result["state"]), loaded_parameters(self, result)
         for index, parameter in parameters.items():
             if index in state and (self.low_bit.save_32bit or isinstance(parameter, DTensor)):
                 moments = quantized_moments(state[index])
@@ -212,10 +215,16 @@ class QuantizedState(Optimizer):
         Raises:
             ValueError: If it is the state of another class of optimizer.
         """
-        if any(isinstance(entries, dict) and bitsandbytes_parts(entries) for entries in state_dict["state"].values()):
+        parameters = loaded_parameters(self, state_dict)
+        if any(map(is_of_a_library, state_dict["state"].values())):
             state_dict = plain_state_dict(state_dict, self)
         check_same_class(state_dict, self)
-        state, parameters = dict(state_dict["state"]), _loaded_parameters(self, state_dict)
+        state = {
+            index: {name: spread(parameters[index], value) for name, value in entries.items()}
+            if index in parameters
+            else entries
+            for index, entries in state_dict["state"].items()
+        }
         # torch would cast these to the parameter's dtype
         own: dict[Any, dict[str, Any]] = {
             index: {**quantized_moments(entries), **_wide_state(self.low_bit, parameters[index], entries)}
@@ -239,9 +248,7 @@ class QuantizedState(Optimizer):
                     continue
                 kept = {k: v.to(parameter.device, copy=True) if isinstance(v, Tensor) else v for k, v in moment.items()}
                 if isinstance(parameter, DTensor):  # saved where it was whole
-                    mesh, whole = parameter.device_mesh, decode_moment(kept).to(dtype)
-                    spread = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
-                    self.state[parameter][name] = spread.redistribute(mesh, parameter.placements)
+                    self.state[parameter][name] = spread(parameter, decode_moment(kept).to(dtype))
                     continue
                 bits = self.low_bit.bits_of(parameter)
                 same = moment_bits(kept) == bits and kept["scales"].dtype == dtype
@@ -253,6 +260,12 @@ class QuantizedState(Optimizer):
             into = " and ".join(say_bits(bits) for bits in BITS if bits in loaded and (bits != 32 or decoded))
             self.low_bit.say(f"Converted {converted} moments of a {type(self).__name__} checkpoint to {into}.")
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its parameters get the next places, which decide how they are rounded."""
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            self.low_bit.order[parameter] = len(self.low_bit.order)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "low_bit": self.low_bit}
 
@@ -260,12 +273,6 @@ class QuantizedState(Optimizer):
 def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
     for group in optimizer.param_groups:
         yield from group["params"]
-
-
-def _loaded_parameters(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[Any, Tensor]:
-    """The parameter of each index of a state dict."""
-    indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-    return dict(zip(indices, _parameters(optimizer), strict=False))  # torch tells which group does not fit
 
 
 def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
@@ -312,17 +319,7 @@ def _decode(optimizer: Optimizer, parameters: list[Tensor]) -> dict[tuple[Tensor
 
 def _value(parameter: Tensor, moment: Mapping[str, Any]) -> Tensor:
     """A decoded moment of a parameter; of a sharded one sharded like it."""
-    value = decode_moment(moment)
-    if not isinstance(parameter, DTensor):
-        return value
-    return DTensor.from_local(
-        value,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
+    return as_part_of(parameter, decode_moment(moment))
 
 
 def _encode(

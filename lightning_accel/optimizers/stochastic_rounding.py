@@ -20,7 +20,7 @@ def generator_for(plan: LowBitPlan, parameter: Tensor, step: int) -> torch.Gener
 
     All ranks draw the same, so that replicas stay equal.
     """
-    place = plan.order.setdefault(parameter, len(plan.order))  # of a group that was added later
+    place = plan.order.setdefault(parameter, len(plan.order))  # where another was put into a group in its place
     mixed = ((plan.seed or 0) * 1_000_003 + place) * 1_000_003 + step
     return torch.Generator(parameter.device).manual_seed(mixed % 2**63)
 

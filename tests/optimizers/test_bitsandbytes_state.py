@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_accel.optimizers.bitsandbytes_state import (
     bitsandbytes_missing,
     bitsandbytes_refusal,
+    paged_refusal,
     use_bitsandbytes_,
 )
 from lightning_accel.optimizers.layouts import plain_state_dict
@@ -271,6 +272,47 @@ def test_state_without_a_momentum_yet_starts_afresh() -> None:
 def test_a_fused_optimizer_gives_up_its_fused_step_and_gradient_scaling() -> None:
     optimizer = use_bitsandbytes_(torch.optim.AdamW(model().parameters(), fused=True))
     assert optimizer.param_groups[0]["fused"] is None and not hasattr(optimizer, "_step_supports_amp_scaling")
+
+
+PAGED = "lightning_accel.optimizers.bitsandbytes_state.paged_refusal"
+
+
+def test_what_can_not_be_paged_is_told() -> None:
+    assert "no paged SGD" in paged_refusal(MAKE["SGD"](model().parameters()))
+    assert "there are parameters on the cpu device" in paged_refusal(MAKE["AdamW"](model().parameters()))
+    with pytest.raises(ValueError, match=r"state can be paged, but .* on the cpu device"):
+        low_bit("AdamW", model(), paged=True)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adam"])
+@pytest.mark.parametrize("source", ["itself", "plain"])
+def test_loaded_state_is_paged_again(name: str, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a buffer of the CPU in the place of one that a GPU pages: bitsandbytes itself would load it unpaged."""
+
+    def get_state_buffer(self: Any, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+        buffer: Any = torch.zeros_like(parameter, dtype=dtype)
+        buffer.is_paged = True
+        return buffer
+
+    kernel = getattr(bnb.optim, f"Paged{name}8bit")
+    monkeypatch.setattr(PAGED, lambda optimizer: "")
+    monkeypatch.setattr(kernel, "get_state_buffer", get_state_buffer)
+    monkeypatch.setattr(kernel, "prefetch_state", lambda *_: None)
+    plain, paged = model(), model()
+    optimizers = [low_bit(name, plain), low_bit(name, paged, paged=True)]
+    assert isinstance(optimizers[1], kernel)
+    assert train(plain, optimizers[0], 3) == train(paged, optimizers[1], 3)
+    saved = optimizers[1].state_dict()
+    if source == "plain":
+        saved = plain_state_dict(saved, optimizers[1])
+    unpaged, again = low_bit(name, plain), low_bit(name, paged, paged=True)
+    for optimizer in (unpaged, again):
+        optimizer.load_state_dict(copy.deepcopy(saved))
+    assert train(paged, again, 2, start=3) == train(plain, unpaged, 2, start=3)
+    assert torch.equal(weights(paged), weights(plain))
+    moments = [value for state in again.state.values() for key, value in state.items() if key in ("state1", "state2")]
+    assert len(moments) == 8 and all(moment.is_paged for moment in moments)
+    assert {moment.dtype for moment in moments} == {torch.uint8, torch.float32}
 
 
 def test_what_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

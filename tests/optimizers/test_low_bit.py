@@ -11,30 +11,31 @@ from torch.optim import lr_scheduler
 
 from lightning_accel import FusedOptimizer, LowBitOptimizer
 from lightning_accel.errors import NoEffectWarning
+from lightning_accel.hooks.tensors import tensors_in
 from lightning_accel.optimizers.codes import dither
-from lightning_accel.optimizers.low_bit import choose_backend
+from lightning_accel.optimizers.low_bit_backend import Wish, choose_backend
 from tests.optimizers.test_fused import Net, fit
 from tests.optimizers.test_quantized_state import Custom, codes
 from tests.optimizers.toy import MAKE, WITHOUT_MOMENTS, model, weights
 
-BACKENDS = ["generic", "bitsandbytes"]
+BACKENDS = ["generic", "bitsandbytes", "torchao"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("parts", [1, 2])
 def test_every_optimizer_of_a_fit_is_quantised(backend: str, parts: int, caplog: pytest.LogCaptureFixture) -> None:
-    callback, net = LowBitOptimizer(backend=backend, min_size=512), Net(MAKE["AdamW"], parts)  # type: ignore[arg-type]
+    bits: Any = 4 if backend == "torchao" else 8  # the smaller matrix is no whole blocks of torchao in 8
+    callback, net = LowBitOptimizer(bits, backend, min_size=512), Net(MAKE["AdamW"], parts)  # type: ignore[arg-type]
     with caplog.at_level("INFO"):
         trainer = fit(net, callback)
     assert [f"by the {backend} backend (as asked for)" in choice for choice in callback.choices] == [True] * parts
-    assert sum("LowBitOptimizer: AdamW in 8 bits" in record.getMessage() for record in caplog.records) == parts
+    assert sum(f"LowBitOptimizer: AdamW in {bits} bits" in record.getMessage() for record in caplog.records) == parts
     for optimizer in trainer.optimizers:
         dtypes = {
             tensor.dtype
             for state in optimizer.state.values()
             for value in state.values()
-            for tensor in (value.values() if isinstance(value, dict) else [value])
-            if isinstance(tensor, torch.Tensor)
+            for tensor in tensors_in(value)
         }
         assert torch.uint8 in dtypes
     assert not torch.equal(weights(net), weights(Net(MAKE["AdamW"], parts)))
@@ -74,16 +75,45 @@ def test_resume_in_mid_epoch_is_exact(backend: Any) -> None:
     assert all(map(torch.equal, moments, moments_resumed))
 
 
+BACKEND = "lightning_accel.optimizers.low_bit_backend"
+
+
+def chosen(optimizer: Any, bits: Any = 8, **wish: Any) -> tuple[str, str]:
+    """What is chosen where the matrices, but not that of the 10 classes, are to be in these bits."""
+    matrices = [p for group in optimizer.param_groups for p in group["params"] if p.dim() == 2 and p.shape[0] != 10]
+    return choose_backend(optimizer, Wish(dict.fromkeys(matrices, bits), **wish))
+
+
 def test_auto_says_what_it_takes_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose_backend(MAKE["AdamW"](model().parameters())) == ("generic", "on the CPU it is as fast or faster")
-    assert choose_backend(MAKE["Adam L2"](model().parameters()))[0] == "generic"
-    assert "decouples" in choose_backend(MAKE["Adam L2"](model().parameters()))[1]
-    assert "fused" in choose_backend(torch.optim.AdamW(model().parameters(), fused=True))[1]
-    elsewhere = MAKE["AdamW"](model().to("meta").parameters())
-    monkeypatch.setattr("lightning_accel.optimizers.low_bit.bitsandbytes_missing", lambda device: "it is missing")
-    assert choose_backend(elsewhere) == ("generic", "it is missing")
-    monkeypatch.setattr("lightning_accel.optimizers.low_bit.bitsandbytes_missing", lambda device: "")
-    assert choose_backend(elsewhere)[0] == "bitsandbytes"
+    def here(name: str = "AdamW", **options: Any) -> Any:
+        optimizer = MAKE[name](model().parameters())
+        optimizer.param_groups[0].update(options)
+        return optimizer
+
+    def elsewhere(name: str = "AdamW") -> Any:
+        return MAKE[name](model().to("meta").parameters())
+
+    assert chosen(here()) == ("generic", "on the CPU it is as fast or faster")
+    assert chosen(here(), 4) == ("generic", "on the CPU it is as fast or faster")
+    assert "decouples" in chosen(here("Adam L2"))[1] and chosen(here("Adam L2"))[0] == "generic"
+    assert "fused" in chosen(here(fused=True))[1] and "fused" in chosen(here(fused=True), 4)[1]
+    for backend, bits in (("bitsandbytes", 8), ("torchao", 4), ("torchao", "fp8")):
+        monkeypatch.setattr(f"{BACKEND}.{backend}_missing", lambda device: "it is missing")
+        assert chosen(elsewhere(), bits) == ("generic", "it is missing")
+        monkeypatch.setattr(f"{BACKEND}.{backend}_missing", lambda device: "")
+        assert chosen(elsewhere(), bits)[0] == backend
+        assert "at random" in chosen(elsewhere(), bits, rounds=True)[1]
+    assert chosen(elsewhere("Adam L2"), 4)[0] == "torchao"  # which adds the decay to the gradient, as Adam does
+    assert chosen(elsewhere("NAdam"), 4) == ("generic", "torchao has no optimizer with the maths of NAdam")
+    assert chosen(elsewhere(), "bf16") == ("generic", "torchao has no bfloat16")
+    assert (
+        chosen(elsewhere(), save_32bit=True)[0] == "generic" and chosen(elsewhere(), 4, save_32bit=True)[0] == "torchao"
+    )
+    uneven = torch.optim.AdamW([torch.nn.Parameter(torch.empty(size, 99, device="meta")) for size in (256, 99)])
+    assert chosen(uneven, 4) == ("generic", "the blocks of torchao must be whole")
+    cycled = elsewhere()
+    lr_scheduler.OneCycleLR(cycled, 0.01, total_steps=9)
+    assert "compiles its step again for each value of `betas`" in chosen(cycled, 4)[1]
 
 
 def test_the_choice_names_the_share_that_is_quantised() -> None:
@@ -93,15 +123,46 @@ def test_the_choice_names_the_share_that_is_quantised() -> None:
     assert "1 of 4 parameters, 85.2% of the elements" in choice
 
 
-def test_other_maths_is_refused_with_a_way_out() -> None:
-    with pytest.raises(MisconfigurationException, match=r"`nesterov`\. Use backend='generic'"):
-        fit(Net(MAKE["SGD nesterov"]), LowBitOptimizer(backend="bitsandbytes", min_size=512))
+@pytest.mark.parametrize(
+    ("backend", "name", "reason"),
+    [("bitsandbytes", "SGD nesterov", "`nesterov`"), ("torchao", "Adam amsgrad", "`amsgrad`")],
+)
+def test_other_maths_is_refused_with_a_way_out(backend: Any, name: str, reason: str) -> None:
+    with pytest.raises(MisconfigurationException, match=rf"{reason}\. Use backend='generic'"):
+        fit(Net(MAKE[name]), LowBitOptimizer(backend=backend, min_size=512))
 
 
-def test_bitsandbytes_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(ImportError, match=r"lightning-accel\[bitsandbytes\]"):
-        fit(Net(MAKE["AdamW"]), LowBitOptimizer(backend="bitsandbytes", min_size=512))
+@pytest.mark.parametrize("backend", ["bitsandbytes", "torchao"])
+def test_a_library_that_is_not_installed_is_named(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, backend, None)
+    with pytest.raises(ImportError, match=rf"lightning-accel\[{backend}\]"):
+        fit(Net(MAKE["AdamW"]), LowBitOptimizer(backend=backend, min_size=512))
+
+
+def test_what_is_no_whole_blocks_of_torchao_stays_in_32_bits_and_that_is_said() -> None:
+    callback = LowBitOptimizer(backend="torchao", min_size=512)  # 64 x 64 is, 10 x 64 is not
+    fit(Net(MAKE["AdamW"]), callback)
+    assert "1 of 4 parameters, 85.2%" in callback.choices[0] and "1 stay in 32 bits" in callback.choices[0]
+    with pytest.raises(MisconfigurationException, match="no parameter is made of whole blocks of torchao"):
+        fit(Net(MAKE["AdamW"]), LowBitOptimizer(backend="torchao", min_size=512, keep_32bit=[r"net\.0"]))
+
+
+def test_paged_state_is_refused_where_there_is_nothing_to_page() -> None:
+    for make, reason in ((MAKE["AdamW"], "parameters on the cpu device"), (MAKE["SGD"], "no paged SGD")):
+        with pytest.raises(MisconfigurationException, match=rf"paged=True.*{reason}.*Leave out `paged`"):
+            fit(Net(make), LowBitOptimizer(min_size=512, paged=True))
+    with pytest.raises(ValueError, match="Expected `paged` to be False with backend='torchao'"):
+        LowBitOptimizer(paged=True, backend="torchao")
+
+
+def test_paged_state_is_that_of_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{BACKEND}.paged_refusal", lambda optimizer: "")
+    monkeypatch.setattr("lightning_accel.optimizers.bitsandbytes_state.paged_refusal", lambda optimizer: "")
+    callback = LowBitOptimizer(min_size=512, paged=True)
+    with pytest.warns(UserWarning, match="Paged optimizers are not supported on CPU"):
+        trainer = fit(Net(MAKE["AdamW"]), callback)
+    assert "by the bitsandbytes backend (only it pages)" in callback.choices[0]
+    assert "PagedAdamW8bit" in [cls.__name__ for cls in type(trainer.optimizers[0]).__mro__]
 
 
 def test_an_optimizer_with_a_history_is_refused() -> None:
@@ -140,11 +201,14 @@ def test_an_optimizer_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(codes(trainer.optimizers[0])) == 2
 
 
-def test_an_optimizer_of_bitsandbytes_is_left_alone() -> None:
+def test_an_optimizer_of_a_library_is_left_alone() -> None:
     import bitsandbytes
+    import torchao.optim
 
     with pytest.warns(NoEffectWarning, match="optimizer of bitsandbytes itself"):
         fit(Net(lambda p: bitsandbytes.optim.AdamW8bit(p, min_8bit_size=1)), LowBitOptimizer())
+    with torch.compiler.set_stance("force_eager"), pytest.warns(NoEffectWarning, match="optimizer of torchao itself"):
+        fit(Net(torchao.optim.AdamW8bit), LowBitOptimizer())
 
 
 @pytest.mark.parametrize("low_bit_first", [True, False])
@@ -179,8 +243,10 @@ def test_bits_by_name_and_embeddings_in_32() -> None:
 
 
 def test_what_only_the_generic_backend_can_do() -> None:
-    with pytest.raises(MisconfigurationException, match=r"only it has 4 bits.*Use backend='generic'"):
+    with pytest.raises(MisconfigurationException, match=r"bitsandbytes has no 4 bits.*Use backend='generic'"):
         fit(Net(MAKE["AdamW"]), LowBitOptimizer(bits=4, backend="bitsandbytes", min_size=512))
+    with pytest.raises(MisconfigurationException, match=r"torchao has no bfloat16.*Use backend='generic'"):
+        fit(Net(MAKE["AdamW"]), LowBitOptimizer(bits="bf16", backend="torchao", min_size=512))
     with pytest.warns(NoEffectWarning, match="`stochastic_rounding` is for parameters in bfloat16"):
         fit(Net(MAKE["AdamW"]), LowBitOptimizer(stochastic_rounding=True, min_size=512))
 

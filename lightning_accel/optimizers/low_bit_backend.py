@@ -1,0 +1,120 @@
+"""Which backend keeps the low-bit state of an optimizer: what is asked, what each can do, and which one suits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from lightning_accel.errors import require
+from lightning_accel.optimizers.bitsandbytes_state import bitsandbytes_missing, bitsandbytes_refusal, paged_refusal
+from lightning_accel.optimizers.low_bit_plan import BITS, say_bits
+from lightning_accel.optimizers.torchao_state import TORCHAO_BLOCKS, fits_blocks, torchao_missing, torchao_refusal
+
+__all__ = ["BACKENDS", "Wish", "check_backend", "choose_backend"]
+
+BACKENDS = ("bitsandbytes", "generic", "torchao")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked of a backend besides the optimizer's maths.
+
+    Attributes:
+        low: The parameters whose state is to be in few bits, and those bits.
+        rounds: Whether bfloat16 parameters are rounded at random.
+        save_32bit: Whether checkpoints have the moments decoded.
+        paged: Whether state is paged between the memory of the GPU and main memory.
+    """
+
+    low: Mapping[Tensor, int | str]
+    rounds: bool = False
+    save_32bit: bool = False
+    paged: bool = False
+
+    @property
+    def bits(self) -> list[int | str]:
+        """The numbers of bits that are asked for."""
+        return [bits for bits in BITS if bits in self.low.values()]
+
+
+def choose_backend(optimizer: Optimizer, wish: Wish) -> tuple[str, str]:
+    """The backend that suits an optimizer, and why.
+
+    Args:
+        optimizer: As the user made it.
+        wish: What is asked of it.
+
+    Raises:
+        MisconfigurationException: If what is asked can only be done by one that can't work here.
+    """
+    if wish.paged:
+        check_backend(optimizer, "bitsandbytes", wish)
+        return "bitsandbytes", "only it pages"
+    backend = "bitsandbytes" if wish.bits == [8] else "torchao"
+    if reason := _cannot(optimizer, backend, wish):
+        return "generic", reason
+    if any(group.get("fused") for group in optimizer.param_groups):
+        return "generic", f"it keeps the fused step, which {backend} does not have"
+    devices = sorted({parameter.device.type for parameter in _parameters(optimizer)})
+    if "cpu" in devices:
+        return "generic", "on the CPU it is as fast or faster"
+    missing = bitsandbytes_missing if backend == "bitsandbytes" else torchao_missing
+    for device in devices:
+        if reason := missing(device):
+            return "generic", reason
+    if backend == "bitsandbytes":
+        return backend, "its kernels compute the same maths"
+    if _is_sharded(optimizer) or not all(fits_blocks(parameter, bits) for parameter, bits in wish.low.items()):
+        return "generic", "the blocks of torchao must be whole"
+    return backend, "it compiles the same maths into one kernel a parameter"
+
+
+def check_backend(optimizer: Optimizer, backend: str, wish: Wish) -> None:
+    """Refuse a backend that was asked for and can't do what is asked.
+
+    Raises:
+        ImportError: If it is not installed.
+        MisconfigurationException: If it can't, with the reason and the way out.
+    """
+    if backend == "generic":
+        return
+    require(backend, backend, f"LowBitOptimizer(backend={backend!r})")
+    asked, way_out = f"backend={backend!r}", "Use backend='generic'."
+    reason = _cannot(optimizer, backend, wish)
+    if wish.paged:
+        asked, way_out = "paged=True", "Leave out `paged`."
+        reason = reason or paged_refusal(optimizer)
+    if reason:
+        raise MisconfigurationException(f"LowBitOptimizer({asked}) can't work here: {reason}. {way_out}")
+
+
+def _cannot(optimizer: Optimizer, backend: str, wish: Wish) -> str:
+    """Why bitsandbytes or torchao can't do what is asked, or an empty string."""
+    if not wish.low:
+        return "nothing is in few bits"
+    known = [8] if backend == "bitsandbytes" else TORCHAO_BLOCKS
+    if others := [bits for bits in wish.bits if bits not in known]:
+        return f"{backend} has no {say_bits(others[0])}"
+    if wish.rounds:
+        return f"{backend} does not round at random by a seed"
+    if backend == "torchao":
+        fits = _is_sharded(optimizer) or any(fits_blocks(parameter, bits) for parameter, bits in wish.low.items())
+        return torchao_refusal(optimizer) or ("" if fits else "no parameter is made of whole blocks of torchao")
+    if wish.save_32bit:
+        return "bitsandbytes saves its codes alone"
+    if reason := bitsandbytes_refusal(optimizer):
+        return reason
+    return "bitsandbytes has no kernels for sharded parameters" if _is_sharded(optimizer) else ""
+
+
+def _is_sharded(optimizer: Optimizer) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in _parameters(optimizer))
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
