@@ -63,14 +63,19 @@ class Method:
     """How far two ranks' weights may be from one's at the same global batch; ``None`` where they need not agree."""
     not_single: str = ""
     """Why they need not agree."""
+    optimizer: str = "sgd"
+    """Which one two ranks have in that check; other than SGD's, Adam's steps are large where only rounding differs."""
     finds_rate: bool = False
     """Whether it trains with another rate than was configured, which schedulers then start from."""
     logs: tuple[str, ...] = ()
     """The metrics that it logs itself."""
+    differs: Mapping[str, str] = field(default_factory=dict)
+    """The strategies of :data:`STRATEGY_NAMES` under which its numbers are not those of DDP, and why not."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """The strategies of :data:`STRATEGY_NAMES` that it refuses, and the regular expression of each refusal.
 
-    Under all others it gives the numbers of DDP, and keeps the resume law and the neutral law.
+    Under all others it gives the numbers of DDP, unless ``differs`` says why not, and keeps the resume law and the
+    neutral law.
     """
     bad: tuple[tuple[dict[str, Any], type[Exception], str], ...] = ()
     """Arguments that its class must refuse: the exception, and the name of the argument that it blames."""
@@ -237,6 +242,8 @@ METHODS = [
             ({"keep_embeddings": 1}, TypeError, "keep_embeddings"),
             ({"stochastic_rounding": 1}, TypeError, "stochastic_rounding"),
             ({"save_32bit": "no"}, TypeError, "save_32bit"),
+            ({"paged": 1}, TypeError, "paged"),
+            ({"paged": True, "bits": 4}, ValueError, "paged"),
             ({"stochastic_rounding": True, "seed": -1}, ValueError, "seed"),
         ),
     ),
@@ -248,6 +255,44 @@ METHODS = [
         "apart",
         refused=NO_BLOCKS,
         neutral=[use("LowBitOptimizer", bits=4, min_size=1_000_000)],
+        neutral_warning="LowBitOptimizer has no effect",
+    ),
+    Method(
+        "LowBitOptimizer fp8",
+        [use("LowBitOptimizer", bits="fp8", min_size=512)],
+        refused=NO_BLOCKS,
+        neutral=[use("LowBitOptimizer", bits="fp8", min_size=1_000_000)],
+        neutral_warning="LowBitOptimizer has no effect",
+    ),
+    Method(
+        "LowBitOptimizer by name",
+        [use("LowBitOptimizer", min_size=512, bits_for={"hidden": 4, "between": "bf16"})],
+        single=None,
+        not_single="a last bit decides how a value that lies between two codes is rounded, and those of 4 bits are far "
+        "apart",
+        refused=NO_BLOCKS,
+        neutral=[use("LowBitOptimizer", min_size=1_000_000, bits_for={"hidden": 32})],
+        neutral_warning="LowBitOptimizer has no effect",
+    ),
+    Method(
+        "LowBitOptimizer stochastic rounding",
+        [use("LowBitOptimizer", stochastic_rounding=True, min_size=512), use("tests.conformance.toy.InBfloat16")],
+        single=None,
+        not_single="gradients in bfloat16 are summed in another order",
+        differs={"fsdp2": "each rank draws for its part of a parameter"},
+        refused=NO_BLOCKS,
+        neutral=[use("LowBitOptimizer", stochastic_rounding=True, min_size=1_000_000)],
+        neutral_warning="LowBitOptimizer has no effect",
+    ),
+    Method(
+        "LowBitOptimizer torchao",
+        [use("LowBitOptimizer", backend="torchao", min_size=512, bits_for={"between": 4})],
+        single=None,
+        not_single="a last bit decides how a value that lies between two codes is rounded",
+        optimizer="adamw",
+        manual="torchao has no optimizer with the maths of SGD. Use backend='generic'",
+        refused={**NO_BLOCKS, "fsdp2": "torchao codes a decoded moment otherwise than it was.*Use backend='generic'"},
+        neutral=[use("LowBitOptimizer", backend="torchao", min_size=1_000_000)],
         neutral_warning="LowBitOptimizer has no effect",
     ),
     Method(

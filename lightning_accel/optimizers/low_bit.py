@@ -125,8 +125,8 @@ class LowBitOptimizer(OptimizerTransform):
         self._seed = check_int("seed", seed, minimum=0) if stochastic_rounding else None
         if paged and (backend not in ("auto", "bitsandbytes") or bits != 8):
             raise ValueError(
-                f"Expected `paged` to be False with backend={backend!r} and bits={bits!r}, but got True: only 8 bits by "
-                "bitsandbytes can be paged."
+                f"Expected `paged` to be False with backend={backend!r} and bits={bits!r}, but got True: bitsandbytes "
+                "pages state in 8 bits."
             )
         self._keep_embeddings, self._save_32bit, self._paged = keep_embeddings, save_32bit, paged
         for name, sign in (moments or {}).items():

@@ -69,7 +69,7 @@ def choose_backend(optimizer: Optimizer, wish: Wish) -> tuple[str, str]:
             return "generic", reason
     if backend == "bitsandbytes":
         return backend, "its kernels compute the same maths"
-    if _is_sharded(optimizer) or not all(fits_blocks(parameter, bits) for parameter, bits in wish.low.items()):
+    if not all(fits_blocks(parameter, bits) for parameter, bits in wish.low.items()):
         return "generic", "the blocks of torchao must be whole"
     return backend, "it compiles the same maths into one kernel a parameter"
 
@@ -103,17 +103,14 @@ def _cannot(optimizer: Optimizer, backend: str, wish: Wish) -> str:
     if wish.rounds:
         return f"{backend} does not round at random by a seed"
     if backend == "torchao":
-        fits = _is_sharded(optimizer) or any(fits_blocks(parameter, bits) for parameter, bits in wish.low.items())
+        fits = any(fits_blocks(parameter, bits) for parameter, bits in wish.low.items())
         return torchao_refusal(optimizer) or ("" if fits else "no parameter is made of whole blocks of torchao")
     if wish.save_32bit:
         return "bitsandbytes saves its codes alone"
     if reason := bitsandbytes_refusal(optimizer):
         return reason
-    return "bitsandbytes has no kernels for sharded parameters" if _is_sharded(optimizer) else ""
-
-
-def _is_sharded(optimizer: Optimizer) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in _parameters(optimizer))
+    sharded = any(isinstance(parameter, DTensor) for parameter in _parameters(optimizer))
+    return "bitsandbytes has no kernels for sharded parameters" if sharded else ""
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

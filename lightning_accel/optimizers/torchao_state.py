@@ -27,14 +27,11 @@ from lightning_accel.optimizers.layouts import check_same_class, plain_state_dic
 from lightning_accel.optimizers.low_bit_plan import (
     BITS,
     LowBitPlan,
-    as_part_of,
     hooked,
     loaded_parameters,
-    local_part,
     refusal,
     retype_,
     say_bits,
-    spread,
     without_hooks,
 )
 
@@ -57,6 +54,10 @@ def torchao_refusal(optimizer: Optimizer) -> str:
         for parameter in group["params"]:
             if not parameter.is_floating_point() or parameter.dtype is torch.float64:
                 return f"torchao computes in float32, and there are parameters in {parameter.dtype}"
+            if isinstance(parameter, DTensor):
+                return (
+                    "torchao codes a decoded moment otherwise than it was, and that of sharded parameters is saved so"
+                )
             if parameter.device.type != "cpu" and "max_momentum" in group:
                 return (
                     "torchao compiles its step again for each value of `betas`, which a schedule changes at every step"
@@ -98,9 +99,8 @@ def torchao_missing(device_type: str) -> str:
 
 
 def fits_blocks(parameter: Tensor, bits: int | str) -> bool:
-    """Whether this rank's part of a parameter is made of whole blocks of torchao."""
-    size = local_part(parameter.detach()).numel()
-    return bits in TORCHAO_BLOCKS and size > 0 and size % TORCHAO_BLOCKS[bits] == 0
+    """Whether a parameter is made of whole blocks of torchao."""
+    return bits in TORCHAO_BLOCKS and parameter.numel() > 0 and parameter.numel() % TORCHAO_BLOCKS[bits] == 0
 
 
 def use_torchao_(
@@ -160,7 +160,7 @@ def use_torchao_(
 
 
 def _keep_uneven(plan: LowBitPlan, parameters: Collection[Tensor]) -> None:
-    """Leave the state of parameters in 32 bits whose part here is not made of whole blocks."""
+    """Leave the state of parameters in 32 bits that are not made of whole blocks."""
     plan.chosen.update({p: 32 for p in parameters if plan.is_low_bit(p) and not fits_blocks(p, plan.bits_of(p))})
 
 
@@ -202,14 +202,15 @@ class TorchAOState(Optimizer):
         from torchao.optim.subclass_8bit import OptimState8bit
         from torchao.optim.subclass_fp8 import OptimStateFp8
 
-        local, bits = local_part(p.detach()), self.low_bit.bits_of(p)
+        bits = self.low_bit.bits_of(p)
         if not fits_blocks(p, bits):
-            return as_part_of(p, torch.zeros_like(local))
-        block, where = TORCHAO_BLOCKS[bits], {"device": local.device, "dtype": local.dtype}
+            return torch.zeros_like(p)
+        block, where = TORCHAO_BLOCKS[bits], {"device": p.device, "dtype": p.dtype}
         if bits == "fp8":
-            return as_part_of(p, OptimStateFp8.zeros(local.shape, block, **where))
-        made = OptimState4bit if bits == 4 else OptimState8bit
-        return as_part_of(p, made.zeros(local.shape, signed, block, **where))
+            made: Tensor = OptimStateFp8.zeros(p.shape, block, **where)
+        else:
+            made = (OptimState4bit if bits == 4 else OptimState8bit).zeros(p.shape, signed, block, **where)
+        return made
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its rate stays a number."""
@@ -217,7 +218,7 @@ class TorchAOState(Optimizer):
         _keep_uneven(self.low_bit, self.param_groups[-1]["params"])
 
     def state_dict(self) -> dict[str, Any]:
-        """The state in plain tensors; the moments of sharded parameters decoded: their codes fit no other ranks."""
+        """The state, with coded moments as dictionaries of plain tensors; or decoded, if that is asked for."""
         result: dict[str, Any] = super().state_dict()
         state = {
             index: {name: self._saved(value) for name, value in entries.items()}
@@ -226,11 +227,8 @@ class TorchAOState(Optimizer):
         return {**result, "state": state}
 
     def _saved(self, value: Any) -> Any:
-        local: Any = local_part(value) if isinstance(value, Tensor) else value
-        parts = torchao_parts(local)
-        if not parts or isinstance(value, DTensor) or self.low_bit.save_32bit:
-            return as_part_of(value, local.dequantize(value.dtype)) if parts else value
-        return parts
+        parts = torchao_parts(value)
+        return value.dequantize(value.dtype) if parts and self.low_bit.save_32bit else parts or value
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this optimizer bit for bit, or convert one with moments in another layout.
@@ -238,29 +236,29 @@ class TorchAOState(Optimizer):
         Raises:
             ValueError: If it is the state of another class of optimizer.
         """
-        parameters, state = loaded_parameters(self, state_dict), {}
-        converted: list[int | str] = []
-        for index, entries in state_dict["state"].items():
-            if index not in parameters:
-                continue
-            parameter = parameters[index]
+        state: dict[Any, dict[str, Any]] = {}
+        converted = []
+        for index, parameter in loaded_parameters(self, state_dict).items():
+            entries = state_dict["state"].get(index, {})
             plain = plain_state_dict({"state": {0: entries}, "param_groups": []}, self)
             check_same_class(plain, self)
             state[index] = plain["state"][0]
             for name in {"exp_avg", "exp_avg_sq"} & set(state[index]):
-                value, saved = self._new_buffer(parameter, name == "exp_avg"), torchao_parts(entries.get(name))
-                local: Any = local_part(value)
-                if saved and not isinstance(value, DTensor) and _alike(saved, torchao_parts(local)):
-                    local.codes.copy_(saved["codes"])
-                    local.scale.copy_(saved["scale"])
+                value: Any = self._new_buffer(parameter, name == "exp_avg")
+                saved, coded = torchao_parts(entries.get(name)), torchao_parts(value)
+                if saved and _alike(saved, coded):
+                    value.codes.copy_(saved["codes"])
+                    value.scale.copy_(saved["scale"])
                 else:
-                    local.copy_(local_part(spread(parameter, state[index][name])).to(local.device, local.dtype))
-                    if torchao_parts(local) or not isinstance(entries.get(name), Tensor):
+                    value.copy_(state[index][name].to(value.device, value.dtype))
+                    if coded or not isinstance(entries.get(name), Tensor):
                         converted.append(self.low_bit.bits_of(parameter))
                 state[index][name] = value
         groups = plain_state_dict({**state_dict, "state": {}}, self)["param_groups"]
-        super().load_state_dict({"state": state, "param_groups": groups})
-        if converted and not any(isinstance(parameter, DTensor) for parameter in parameters.values()):
+        super().load_state_dict(
+            {"state": {i: entries for i, entries in state.items() if entries}, "param_groups": groups}
+        )
+        if converted:
             into = " and ".join(say_bits(bits) for bits in BITS if bits in converted)
             self.low_bit.say(f"Converted {len(converted)} moments of a {type(self).__name__} checkpoint to {into}.")
 

@@ -30,7 +30,10 @@ POINT = ("train batch end", 14)  # in mid-epoch, and in mid-window of a window o
 # What else may differ between two ranks and one is batch norm, dropout and the order of the data.
 SAME_BATCHES = {"module": partial(Digits, regular=False, optimizer="sgd"), "max_epochs": 2}
 
-METHOD_ROWS = [Row(method.name, method.callbacks) for method in [*METHODS, *STACKS]]
+METHOD_ROWS = [
+    Row(method.name, method.callbacks, lambda kind=method.optimizer: {"module": partial(Digits, False, kind)})
+    for method in [*METHODS, *STACKS]
+]
 RESUME_ROWS = [Row("resumed ExactResume", [EXACT]), Row("resumed everything", everything())]
 WRONG_ROWS = [
     Row("PerRank", [use(f"{WRONG}.PerRank")]),
@@ -64,7 +67,7 @@ def run_row(folder: Path, row: Row, phase: str) -> None:
         # Lightning's own sampler would shuffle
         sampler = DistributedSampler(train_set(), RANKS, rank, shuffle=False)
         arguments["train"] = partial(train_loader, shuffle=False, batch_size=BATCH_SIZE // RANKS, sampler=sampler)
-        arguments.update(SAME_BATCHES)
+        arguments.update(SAME_BATCHES, **row.arguments())
     final = file_of(folder, row.name, 0, f"{phase}.final")
     result = run(row.make(), strategy="ddp", devices=RANKS, final=final, **arguments)
     assert result.trainer.world_size == RANKS

@@ -62,6 +62,7 @@ WORKS = [
     ),
     *(f"{strategy}: {method.name}" for strategy, method in TOGETHER.items()),
 ]
+AS_DDP = [name for name in WORKS if name.partition(": ")[0] not in ROWS[name.partition(": ")[2]].differs]
 REFUSES = [f"{strategy}: {method.name}" for method in METHODS for strategy in method.refused]
 
 

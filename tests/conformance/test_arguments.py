@@ -38,7 +38,7 @@ def check_unchanged_arguments(method: Method) -> None:
     before = plain(arguments)
     callback = find_class(spec)(**arguments)
     assert plain(arguments) == before, "the constructor changed its arguments"
-    run([callback], max_epochs=1)
+    run([callback, *map(build, method.callbacks[1:])], max_epochs=1)
     assert plain(arguments) == before, "the run changed the callback's arguments"
 
 

@@ -49,7 +49,7 @@ def check_rate_is_used(method: Method) -> None:
     start = Digits().state_dict()
     weights = run(method.make(), partial(Digits, scheduler="off")).weights
     for name, _ in Digits().named_parameters():
-        still = (weights[name] == start[name]) | (weights[name] == 0)
+        still = (weights[name] == start[name].to(weights[name])) | (weights[name] == 0)
         assert still.all(), f"{name} moves at a learning rate of 0"
 
 

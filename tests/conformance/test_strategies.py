@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conformance.strategies import (
+    AS_DDP,
     REFUSES,
     ROWS,
     WORKS,
@@ -20,7 +21,7 @@ from tests.methods import METHODS, STRATEGY_NAMES
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("strategies"), pytest.mark.timeout(900)]
 
 
-@pytest.mark.parametrize("name", WORKS)
+@pytest.mark.parametrize("name", AS_DDP)
 def test_as_under_ddp(strategy_runs: Path, name: str) -> None:
     check_as_under_ddp(strategy_runs, name)
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins import HalfPrecision
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
@@ -238,6 +239,21 @@ class HookedData(DigitsData):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         return halved(batch)
+
+
+class InBfloat16(Callback):
+    """Trains as under ``Trainer(precision="bf16-true")``: what a method has for parameters in bfloat16 needs them."""
+
+    _before: Any = None
+
+    def setup(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        self._before = trainer.strategy.precision_plugin
+        trainer.strategy.precision_plugin = HalfPrecision("bf16-true")
+
+    def teardown(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        trainer.strategy.precision_plugin = self._before or trainer.strategy.precision_plugin
+
+    on_exception = teardown
 
 
 class Recorder(Checkpoint):
