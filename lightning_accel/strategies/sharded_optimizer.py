@@ -9,6 +9,7 @@ Paper: ZeRO (Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054).
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
@@ -213,7 +214,7 @@ class ShardedOptimizer(ZeroRedundancyOptimizer):
         counts: list[Any] = [None] * self.world_size
         dist.all_gather_object(counts, len(parts))
         for part in parts:
-            dist.send_object_list([_to_cpu(part)], to)
+            dist.send_object_list([_packed(part)], to)
         if self.rank != to:
             return
         state = dict(whole["state"])
@@ -221,7 +222,8 @@ class ShardedOptimizer(ZeroRedundancyOptimizer):
             for _ in range(count):
                 received: list[Any] = [None]
                 dist.recv_object_list(received, rank)
-                state = {**received[0], **state}  # what belongs to no parameter is that of this rank
+                part = torch.load(io.BytesIO(received[0]), "cpu", weights_only=False)
+                state = {**part, **state}  # what belongs to no parameter is that of this rank
         whole["state"] = {key: state[key] for key in sorted(state, key=lambda key: (isinstance(key, str), key))}
         self._whole = whole
 
@@ -339,12 +341,11 @@ def _parts(state: Mapping[Any, Any]) -> Iterator[dict[Any, Any]]:
         yield part
 
 
-def _to_cpu(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _to_cpu(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(_to_cpu, value))
-    return value.cpu() if isinstance(value, Tensor) else value
+def _packed(part: dict[Any, Any]) -> bytes:
+    """A part of the state as a file: what pickle makes of float8 can't be read again."""
+    file = io.BytesIO()
+    torch.save(part, file)
+    return file.getvalue()
 
 
 def _numbers(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

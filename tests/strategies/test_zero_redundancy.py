@@ -22,7 +22,7 @@ from tests.strategies.zero_redundancy_scenarios import OTHERS, RESUMED
 
 MODULE = "tests.strategies.zero_redundancy_scenarios"
 pytestmark = [pytest.mark.xdist_group("zero redundancy"), pytest.mark.timeout(400)]
-ALONE = [name for name in RESUMED if "single" in name or name == "between epochs"]
+ALONE = [name for name in RESUMED if "single" in name or "between epochs" in name]
 TOGETHER = [name for name in RESUMED if "single" not in name]
 
 
@@ -69,9 +69,10 @@ def test_resumes_bit_for_bit(folders: Path, ranks: str, name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("saved", "goes_on"), [("one", "two"), ("two", "one")])
-def test_resumes_on_another_number_of_ranks(folders: Path, saved: str, goes_on: str) -> None:
+@pytest.mark.parametrize("name", ["between epochs", "low bit between epochs"])
+def test_resumes_on_another_number_of_ranks(folders: Path, name: str, saved: str, goes_on: str) -> None:
     """The batches are the same as a whole, so the weights must be those of the uninterrupted run, up to rounding."""
-    plain, again = outcome(folders / saved, "resumed between epochs")["plain"], outcome(folders / goes_on, "elsewhere")
+    plain, again = outcome(folders / saved, f"resumed {name}")["plain"], outcome(folders / goes_on, "elsewhere")[name]
     assert len(again["losses"]) == BATCHES
     assert (plain["steps"], plain["rates"]) == (again["steps"], again["rates"])
     torch.testing.assert_close(plain["weights"], again["weights"], rtol=0, atol=1e-5)
@@ -110,6 +111,9 @@ def test_each_rank_has_half_of_the_state(folders: Path) -> None:
     for held in zip(*(result["found"] for result in ranks), strict=True):
         assert sum(held) == plain
         assert max(held) < 0.52 * plain
+    whole = ranks[0]["low bit"][0]
+    assert whole < 0.5 * plain and sum(result["low bit"][1] for result in ranks) == whole
+    assert all(result["low bit"][1] < 0.6 * whole for result in ranks)
     one, other = (result["adagrad"] for result in ranks)
     assert 0.9 < one / other < 1.1 and one + other < 0.6 * plain  # one number a parameter, AdamW has two
 

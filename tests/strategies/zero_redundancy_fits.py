@@ -16,6 +16,7 @@ from lightning_accel.accumulation.gradient_accumulation import GradientAccumulat
 from lightning_accel.augment.label_smoothing import LabelSmoothing
 from lightning_accel.optimizers.fused import FusedOptimizer
 from lightning_accel.optimizers.low_bit import LowBitOptimizer
+from lightning_accel.optimizers.low_bit_backend import BACKENDS
 from lightning_accel.pruning.gradual import GradualPruning
 from lightning_accel.strategies.registry import zero1
 from lightning_accel.strategies.sharded_optimizer import ShardedOptimizer
@@ -165,6 +166,20 @@ class Held(Net):
         return self.held
 
 
+def rounded() -> list[Callback]:
+    return [LowBitOptimizer(4, min_size=64, bits_for={"head": "fp8"}, stochastic_rounding=True)]
+
+
+LOW_BITS: dict[str, dict[str, Any]] = {
+    **{
+        f"low bit {backend}": {"callbacks": partial(lambda b: [LowBitOptimizer(backend=b, min_size=64)], backend)}
+        for backend in BACKENDS
+    },
+    "low bit rounded": {"callbacks": rounded, "precision": "bf16-true"},
+}
+"""LowBitOptimizer in each of its ways."""
+
+
 def both(strategy: Any = NAME, ddp: str = "ddp", **arguments: Any) -> dict[str, Any]:
     """The fit under DDP and under the strategy."""
     arguments = {"max_epochs": 1, **arguments}
@@ -216,5 +231,5 @@ SAME: dict[str, Callable[[], dict[str, Any]]] = {
     "sparse": partial(both, module=Sparse),
     "held": partial(both, module=Held),
     "methods": partial(both, callbacks=methods, max_epochs=2),
-    "low bit": partial(both, callbacks=lambda: [LowBitOptimizer(min_size=64)]),
+    **{name: partial(both, **arguments) for name, arguments in LOW_BITS.items()},
 }

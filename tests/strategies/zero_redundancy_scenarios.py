@@ -21,12 +21,11 @@ from torch import nn
 
 from lightning_accel.durability.exact_resume import ExactResume
 from lightning_accel.errors import NoEffectWarning
-from lightning_accel.optimizers.low_bit import LowBitOptimizer
 from lightning_accel.report.sizes import optimizer_state_bytes
 from lightning_accel.strategies.registry import zero1
 from tests.strategies.fully_shard_fits import RANK, WORLD, Gan, Net, SaveAt, data, fit, weights
 from tests.strategies.launch import serve
-from tests.strategies.zero_redundancy_fits import NAME, SAME, GroupNorm, Lion, Other, OwnList, Twice
+from tests.strategies.zero_redundancy_fits import LOW_BITS, NAME, SAME, GroupNorm, Lion, Other, OwnList, Twice
 
 
 def state_of(trainer: Trainer) -> list[Any]:
@@ -51,6 +50,10 @@ def resumed(
     return {"plain": plain, "resumed": result, "states": [states, state_of(trainer)]}
 
 
+def low_bit_resumed(folder: Path, name: str, callbacks: Callable[[], list[Callback]], **arguments: Any) -> Any:
+    return resumed(folder, name, methods=lambda: [ExactResume(), *callbacks()], **arguments)
+
+
 scheduled = partial(Net, "adamw", "LambdaLR")
 RESUMED: dict[str, Callable[[Path], dict[str, Any]]] = {
     "between epochs": partial(resumed, name="between_epochs", module=scheduled, at=0),
@@ -63,8 +66,9 @@ RESUMED: dict[str, Callable[[Path], dict[str, Any]]] = {
         resumed, name="lion", module=partial(Other, partial(Lion, step_size=1e-3)), accumulate_grad_batches=2
     ),
     "gan": lambda folder: resumed(folder, "gan", *(zero1(find_unused_parameters=True) for _ in "12"), module=Gan),
-    "low bit": partial(
-        resumed, name="low_bit", methods=lambda: [ExactResume(), LowBitOptimizer(min_size=64, backend="generic")]
+    **{name: partial(low_bit_resumed, name=name, **arguments) for name, arguments in LOW_BITS.items()},
+    "low bit between epochs": partial(
+        low_bit_resumed, name="low_bit_between_epochs", **LOW_BITS["low bit generic"], module=scheduled, at=0
     ),
 }
 
@@ -72,7 +76,14 @@ RESUMED: dict[str, Callable[[Path], dict[str, Any]]] = {
 def elsewhere(folder: Path) -> dict[str, Any]:
     """Go on, on another number of ranks, from a checkpoint; the whole batch is the same."""
     saved = {1: "one", 2: "two"}[3 - WORLD]
-    return fit(NAME, module=scheduled, ckpt_path=folder.parent / saved / "between_epochs.ckpt", seed=78)[2]
+    where = folder.parent / saved
+    low_bit = LOW_BITS["low bit generic"]
+    return {
+        "between epochs": fit(NAME, module=scheduled, ckpt_path=where / "between_epochs.ckpt", seed=78)[2],
+        "low bit between epochs": fit(
+            NAME, module=scheduled, ckpt_path=where / "low_bit_between_epochs.ckpt", seed=78, **low_bit
+        )[2],
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------- others
@@ -137,7 +148,12 @@ def held(folder: Path) -> dict[str, Any]:
     found.append(optimizer_state_bytes(trainer.optimizers))
     everything = [vars(optimizer)["optim"].state for optimizer in trainer.optimizers]
     assert everything == [optimizer.state for optimizer in trainer.optimizers]
-    return {"plain": plain, "found": found, "adagrad": optimizer_state_bytes(fit(NAME, module=adagrad)[0].optimizers)}
+    low_bit = [
+        optimizer_state_bytes(fit(strategy, max_epochs=1, **LOW_BITS["low bit generic"])[0].optimizers)
+        for strategy in ("ddp", NAME)
+    ]
+    adagrads = optimizer_state_bytes(fit(NAME, module=adagrad)[0].optimizers)
+    return {"plain": plain, "found": found, "adagrad": adagrads, "low bit": low_bit}
 
 
 adagrad = partial(Net, "adagrad")
