@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from lightning_accel.errors import NoEffectWarning, check_choice, check_int, check_patterns, matches_any
 from lightning_accel.hooks import Contract, OptimizerTransform
 from lightning_accel.optimizers.bitsandbytes_state import use_bitsandbytes_
-from lightning_accel.optimizers.low_bit_backend import BACKENDS, Wish, check_backend, choose_backend
+from lightning_accel.optimizers.low_bit_backend import BACKENDS, Wish, asked_refusal, choose_backend
 from lightning_accel.optimizers.low_bit_plan import BITS, LowBitPlan, refusal, say_bits, without_moments
 from lightning_accel.optimizers.quantized_state import quantize_optimizer_
 from lightning_accel.optimizers.torchao_state import use_torchao_
@@ -186,11 +186,14 @@ class LowBitOptimizer(OptimizerTransform):
             )
             return optimizer
         wish = Wish(asked, bool(rounds), self._save_32bit, self._paged)
-        if self.backend == "auto":
+        if self.backend == "auto" and not self._paged:
             backend, reason = choose_backend(optimizer, wish)
         else:
-            check_backend(optimizer, self.backend, wish)
             backend, reason = self.backend, "as asked for"
+            if self.backend == "auto":
+                backend, reason = "bitsandbytes", "only it pages"
+            if refused := asked_refusal(optimizer, backend, wish):
+                raise MisconfigurationException(refused)
         changed = self._apply(backend, optimizer, chosen, names, bool(rounds))
         low = [parameter for parameter in asked if changed.low_bit.is_low_bit(parameter)]
         share = sum(map(torch.numel, low)) / max(1, sum(map(torch.numel, parameters)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -15,7 +14,7 @@ from lightning_accel.optimizers.bitsandbytes_state import bitsandbytes_missing, 
 from lightning_accel.optimizers.low_bit_plan import BITS, say_bits
 from lightning_accel.optimizers.torchao_state import TORCHAO_BLOCKS, fits_blocks, torchao_missing, torchao_refusal
 
-__all__ = ["BACKENDS", "Wish", "check_backend", "choose_backend"]
+__all__ = ["BACKENDS", "Wish", "asked_refusal", "choose_backend"]
 
 BACKENDS = ("bitsandbytes", "generic", "torchao")
 
@@ -43,18 +42,7 @@ class Wish:
 
 
 def choose_backend(optimizer: Optimizer, wish: Wish) -> tuple[str, str]:
-    """The backend that suits an optimizer, and why.
-
-    Args:
-        optimizer: As the user made it.
-        wish: What is asked of it.
-
-    Raises:
-        MisconfigurationException: If what is asked can only be done by one that can't work here.
-    """
-    if wish.paged:
-        check_backend(optimizer, "bitsandbytes", wish)
-        return "bitsandbytes", "only it pages"
+    """The backend that suits an optimizer, and why; only bitsandbytes pages."""
     backend = "bitsandbytes" if wish.bits == [8] else "torchao"
     if reason := _cannot(optimizer, backend, wish):
         return "generic", reason
@@ -74,23 +62,19 @@ def choose_backend(optimizer: Optimizer, wish: Wish) -> tuple[str, str]:
     return backend, "it compiles the same maths into one kernel a parameter"
 
 
-def check_backend(optimizer: Optimizer, backend: str, wish: Wish) -> None:
-    """Refuse a backend that was asked for and can't do what is asked.
+def asked_refusal(optimizer: Optimizer, backend: str, wish: Wish) -> str:
+    """Why a backend that was asked for can't do what is asked, and the way out; or an empty string.
 
     Raises:
         ImportError: If it is not installed.
-        MisconfigurationException: If it can't, with the reason and the way out.
     """
     if backend == "generic":
-        return
+        return ""
     require(backend, backend, f"LowBitOptimizer(backend={backend!r})")
-    asked, way_out = f"backend={backend!r}", "Use backend='generic'."
     reason = _cannot(optimizer, backend, wish)
-    if wish.paged:
-        asked, way_out = "paged=True", "Leave out `paged`."
-        reason = reason or paged_refusal(optimizer)
-    if reason:
-        raise MisconfigurationException(f"LowBitOptimizer({asked}) can't work here: {reason}. {way_out}")
+    if wish.paged and (reason := reason or paged_refusal(optimizer)):
+        return f"LowBitOptimizer(paged=True) can't work here: {reason}. Leave out `paged`."
+    return f"LowBitOptimizer(backend={backend!r}) can't work here: {reason}. Use backend='generic'." if reason else ""
 
 
 def _cannot(optimizer: Optimizer, backend: str, wish: Wish) -> str:

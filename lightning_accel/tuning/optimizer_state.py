@@ -6,6 +6,7 @@ Parameters of one group with the same shape and dtype have state of the same siz
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,9 +18,11 @@ from torch.optim import Optimizer
 
 from lightning_accel.hooks.memory import storage_key
 from lightning_accel.hooks.tensors import tensors_in
+from lightning_accel.optimizers.torchao_state import TORCHAO_BLOCKS, TorchAOState
 
 __all__ = ["measure_flat_state", "measure_state"]
 
+_BLOCK = max(TORCHAO_BLOCKS.values())
 _STAND_IN = 2**16  # elements of a real parameter that is stepped in place of a large one
 
 
@@ -111,7 +114,10 @@ def _by_stand_ins(optimizer: Optimizer, number: int, parameter: Tensor, bits: An
     shape, plan = tuple(parameter.shape), getattr(optimizer, "low_bit", None)
     # two that are both as large as those whose state is in 8 bits, if this one is
     elements = max(_STAND_IN, getattr(plan, "min_size", 0))
-    rows = -(-elements // max(1, parameter[:1].numel())) if shape else 1
+    row = max(1, parameter[:1].numel()) if shape else elements
+    rows = -(-elements // row)
+    if isinstance(optimizer, TorchAOState):  # which codes what is made of whole blocks, as the parameter may be
+        rows += -rows % (_BLOCK // math.gcd(_BLOCK, row))
     if not shape or shape[0] <= 2 * rows:
         return _step_real(optimizer, number, shape, parameter.dtype, bits)
     small, large = (

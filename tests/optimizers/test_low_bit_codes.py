@@ -206,5 +206,16 @@ def test_stochastic_rounding_resumes_bit_for_bit(min_size: int) -> None:
     assert (state["scales"] if min_size == 1 else state).dtype is torch.float32
 
 
+def test_a_group_that_is_added_has_the_places_that_it_has_from_the_start() -> None:
+    """Whatever is stepped first; the places decide how parameters are rounded."""
+    first, second, third = (nn.Parameter(torch.zeros(8).bfloat16()) for _ in range(3))
+    optimizer: Any = quantize_optimizer_(torch.optim.AdamW([first]), seed=0)
+    optimizer.add_param_group({"params": [second]})
+    optimizer.add_param_group({"params": [third]})
+    third.grad = torch.ones_like(third)
+    optimizer.step()
+    assert optimizer.low_bit.order == {first: 0, second: 1, third: 2}
+
+
 def test_every_code_is_named() -> None:
     assert list(CODES) == BITS

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +289,26 @@ def train_once(layer: nn.Module, optimizer: Optimizer) -> None:
         parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter)
     for _ in range(3):
         optimizer.step()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:.* does not implement _stable_hash_for_caching:UserWarning")
+def test_compiled_as_on_a_gpu_it_is_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for stance in (torch.compiler.set_stance, nullcontext):
+        monkeypatch.setattr("torch.compiler.set_stance", stance)
+        module = nn.Linear(64, 64, bias=False)
+        nn.init.constant_(module.weight, 0.5)
+        optimizer = use_torchao_(torch.optim.AdamW(module.parameters(), lr=0.1), bits="fp8")
+        schedule = SCHEDULERS["LambdaLR"](optimizer)
+        torch._dynamo.utils.counters.clear()
+        for _ in range(3):
+            train_once(module, optimizer)
+            schedule.step()
+        found.append((module.weight.detach().clone(), torch._dynamo.utils.counters["stats"]["unique_graphs"]))
+    (eager, none), (compiled, graphs) = found
+    assert torch.allclose(eager, compiled, atol=1e-5) and (none, graphs) == (0, 1)  # one, whatever the rate
 
 
 def test_what_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

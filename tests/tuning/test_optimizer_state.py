@@ -142,6 +142,22 @@ def test_8_bit_state(backend: Any, options: dict[str, Any]) -> None:
     assert expected < 0.7 * 8 * sum(parameter.numel() for parameter in real.parameters() if parameter.requires_grad)
 
 
+@pytest.mark.parametrize("options", [{}, {"bits": 4}, {"bits": 4, "bits_for": {"one": 8, "odd": 8}}], ids=str)
+def test_state_of_torchao_which_is_coded_in_whole_blocks(options: dict[str, Any]) -> None:
+    pytest.importorskip("torchao")
+    found = []
+    mode = FakeTensorMode()
+    for fake in (True, False):
+        with torch.device("meta" if fake else "cpu"):
+            net = nn.ModuleDict({"one": nn.Linear(320, 768), "two": nn.Linear(320, 768), "odd": nn.Linear(301, 700)})
+        if fake:
+            fake_module_(net, mode)
+        optimizer = torch.optim.AdamW(net.parameters())
+        optimizer = LowBitOptimizer(backend="torchao", **options).transform_optimizer(optimizer, parameter_names(net))
+        found.append(measure_state(optimizer, mode) if fake else real_bytes(optimizer))
+    assert found[0] == pytest.approx(found[1], rel=0.02)
+
+
 def test_a_fused_optimizer_is_measured_as_any() -> None:
     mode = FakeTensorMode()
     net = fake_net(mode)
