@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from lightning_accel.optimizers.bitsandbytes_state import use_bitsandbytes_
 from lightning_accel.optimizers.fuse import use_fused_
 from lightning_accel.optimizers.quantized_state import quantize_optimizer_
+from lightning_accel.optimizers.torchao_state import use_torchao_
 from lightning_accel.report.sizes import optimizer_state_bytes
 
 SHAPES: dict[str, list[tuple[int, ...]]] = {
@@ -58,6 +59,14 @@ def sides(name: str) -> dict[str, Callable[[Any], Optimizer]]:
     }
 
 
+TORCHAO: dict[str, Callable[[Any], Optimizer]] = {
+    "LowBitOptimizer(backend='torchao')": lambda p: use_torchao_(torch.optim.AdamW(p)),
+    "LowBitOptimizer(4, 'torchao')": lambda p: use_torchao_(torch.optim.AdamW(p), bits=4),
+    "LowBitOptimizer('fp8', 'torchao')": lambda p: use_torchao_(torch.optim.AdamW(p), bits="fp8"),
+}
+"""For Adam and AdamW, in whole blocks; so slow on the CPU that one size is enough."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few rounds on small matrices")
@@ -72,7 +81,8 @@ def main() -> None:
                 continue
             steps: dict[str, Callable[[], Any]] = {}
             sizes = []
-            for side, make in sides(name).items():
+            torchao = TORCHAO if name == "AdamW" and set(shapes) == {(1024, 1024)} else {}
+            for side, make in {**sides(name), **torchao}.items():
                 torch.manual_seed(0)
                 parameters = [nn.Parameter(torch.randn(shape)) for shape in shapes]
                 for parameter in parameters:

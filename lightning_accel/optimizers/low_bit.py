@@ -82,8 +82,8 @@ class LowBitOptimizer(OptimizerTransform):
             "FSDPStrategy": _SHARDED,
             "ModelParallelStrategy": _SHARDED,
             "DeepSpeedStrategy": "its flat partitions run across parameters, where `min_size` and `keep_32bit` can't "
-            "hold, and its checkpoints are split by element, which 8-bit blocks are not. Use `strategy='ddp'`, or "
-            "leave LowBitOptimizer out.",
+            "hold, and its checkpoints are split by element, which 8-bit blocks are not. Use "
+            "`ZeroRedundancyStrategy()`, which splits the state by whole parameters, or leave LowBitOptimizer out.",
         },
         accepts=frozenset({"FullyShardStrategy"}),
     )

@@ -59,7 +59,7 @@ def choose_backend(optimizer: Optimizer, wish: Wish) -> tuple[str, str]:
         return backend, "its kernels compute the same maths"
     if not all(fits_blocks(parameter, bits) for parameter, bits in wish.low.items()):
         return "generic", "the blocks of torchao must be whole"
-    return backend, "it compiles the same maths into one kernel a parameter"
+    return backend, "its compiled step computes the same maths"
 
 
 def asked_refusal(optimizer: Optimizer, backend: str, wish: Wish) -> str:

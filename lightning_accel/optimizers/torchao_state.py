@@ -1,10 +1,10 @@
 """State in 8 bits, 4 or fp8 by the tensors and the step of torchao, for Adam and AdamW.
 
-torchao computes the step of a parameter by one function, of which ``torch.compile`` makes one kernel: moments are
-decoded in it, stepped and coded again, and are never in memory at full size. What it does not compute as torch does
-(``maximize``, ``amsgrad``, weight decay that is decoupled in some groups) :func:`torchao_refusal` names, and an
-optimizer that would be changed is never handed over. The object stays the same one, with its groups, hooks and
-schedulers; its class becomes a subclass of both torchao's class and its own.
+torchao computes the step of a parameter, with its moments decoded before and coded after, by one function, which
+``torch.compile`` fuses. What it does not compute as torch does (``maximize``, ``amsgrad``, weight decay that is
+decoupled in some groups) :func:`torchao_refusal` names, and an optimizer that would be changed is never handed over.
+The object stays the same one, with its groups, hooks and schedulers; its class becomes a subclass of both torchao's
+class and its own.
 
 torchao takes the learning rate as a tensor, since all other numbers are compiled in: a tensor is made for each step,
 and the groups keep numbers, which schedulers overwrite. It quantises what has at least 4096 elements, all in the same

@@ -152,8 +152,7 @@ def test_state_of_torchao_which_is_coded_in_whole_blocks(options: dict[str, Any]
             net = nn.ModuleDict({"one": nn.Linear(320, 768), "two": nn.Linear(320, 768), "odd": nn.Linear(301, 700)})
         if fake:
             fake_module_(net, mode)
-        optimizer = torch.optim.AdamW(net.parameters())
-        optimizer = LowBitOptimizer(backend="torchao", **options).transform_optimizer(optimizer, parameter_names(net))
+        optimizer = LowBitOptimizer(backend="torchao", **options).transform(torch.optim.AdamW(net.parameters()), net)
         found.append(measure_state(optimizer, mode) if fake else real_bytes(optimizer))
     assert found[0] == pytest.approx(found[1], rel=0.02)
 
