@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -78,6 +79,10 @@ def test_codes_that_were_saved_whole_are_split(mesh: Any, use: Any) -> None:
         assert isinstance(found[name], DTensor)
         error = (whole(found[name]) - expected[name]).abs().max() / expected[name].abs().max()
         assert error <= (0 if use is quantize_optimizer_ else 0.04), name
+    step(optimizer, weight)
+    optimizer, weight = trained(mesh, steps=1, use=partial(quantize_optimizer_, bits=32))
+    optimizer.load_state_dict(saved)
+    assert all(isinstance(optimizer.state[weight][name], DTensor) for name in ("exp_avg", "exp_avg_sq"))
     step(optimizer, weight)
 
 

@@ -87,7 +87,7 @@ def test_each_parameter_has_its_bits() -> None:
         hidden = layer(hidden)
     hidden.sum().backward()
     optimizer.step()
-    assert optimizer.param_groups[1]["lr"] == 0.5
+    assert repr(optimizer.param_groups[1]["lr"]) == "0.5"
     sizes = [sum(t.nbytes for t in tensors_in(optimizer.state[layer.weight]["exp_avg"])) for layer in module]
     # the codes, a scale a block, and the table of values
     assert sizes == [2048 + 4 * 32 + 64, 4096 + 4 * 16, 4 * 4096, 4096 + 4 * 16 + 1024, 4 * 576]
