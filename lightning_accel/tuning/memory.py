@@ -115,6 +115,8 @@ class Model:
         casts: Low-precision copies of the parameters that autocast keeps until the backward pass.
         passing: What comes and goes during both passes, at most.
         accumulates: Whether gradients of several micro-batches are added.
+        in_backward: Whether each parameter is stepped as its gradient arrives, which is then gone.
+        fused: Whether the optimizer's step makes no copies.
         pure_fp16_under_zero: Whether DeepSpeed makes the parameters fp16, as for ``precision="16-mixed"``.
         refusals: Why a strategy can't be used, by its name.
     """
@@ -129,6 +131,8 @@ class Model:
     casts: int = 0
     passing: int = 0
     accumulates: bool = False
+    in_backward: bool = False
+    fused: bool = False
     pure_fp16_under_zero: bool = False
     refusals: dict[str, str] = field(default_factory=dict)
 
@@ -136,6 +140,11 @@ class Model:
     def gradients(self) -> int:
         """Bytes of all gradients."""
         return sum(parameter.nbytes for parameter in self.parameters if parameter.trainable)
+
+    @property
+    def largest_gradient(self) -> int:
+        """Bytes of the largest one."""
+        return max((parameter.nbytes for parameter in self.parameters if parameter.trainable), default=0)
 
 
 @dataclass(frozen=True)
@@ -210,6 +219,13 @@ def _adaptive(state: int, parameters: int) -> bool:
 
 def _ddp(model: Model, world: int, settings: Settings) -> Usage:
     gradients = model.gradients
+    # the buckets are copies, unless DDP is told otherwise; one device needs no DDP
+    buckets = gradients if world > 1 and not settings.bucket_view else 0
+    copies = gradients if _adaptive(model.state, gradients) and not model.fused else 0
+    working, stepping = model.passing + buckets, buckets + copies
+    if model.in_backward:  # with no buckets: a gradient is averaged while the next is made
+        gradients = min(gradients, model.largest_gradient * min(world, 2))
+        working, stepping = model.passing + min(copies, model.largest_gradient), 0
     return Usage(
         strategy="ddp",
         parameters=sum(parameter.nbytes for parameter in model.parameters),
@@ -218,9 +234,8 @@ def _ddp(model: Model, world: int, settings: Settings) -> Usage:
         master=0,
         activations=model.activations + model.casts,
         buffers=model.buffers,
-        # the buckets are copies, unless DDP is told otherwise; one device needs no DDP
-        working=model.passing + (gradients if world > 1 and not settings.bucket_view else 0),
-        stepping=gradients * ((world > 1 and not settings.bucket_view) + _adaptive(model.state, gradients)),
+        working=working,
+        stepping=stepping,
         refusal=model.refusals.get("ddp", ""),
     )
 
@@ -283,7 +298,7 @@ def _fsdp2(strategy: Strategy, model: Model, world: int, settings: Settings) -> 
     parameters = sum(p.shard(world) * p.itemsize for p in model.parameters)
     gradients = sum(p.shard(world) * p.itemsize for p in model.parameters if p.trainable)
     state = -(-model.sharded_state * gradients // max(model.gradients, 1))
-    stepping = gradients if _adaptive(model.sharded_state, model.gradients) else 0
+    stepping = gradients if _adaptive(model.sharded_state, model.gradients) and not model.fused else 0
     blocks: dict[str, int] = {"": 0}
     for parameter in model.parameters:
         blocks[parameter.block] = blocks.get(parameter.block, 0) + parameter.nbytes
@@ -291,6 +306,9 @@ def _fsdp2(strategy: Strategy, model: Model, world: int, settings: Settings) -> 
     # The root is gathered for the whole step; of the blocks one is in use while the next is gathered, into a flat copy
     # first. Gradients are whole until they are reduced, which accumulation puts off.
     whole = max(blocks.values(), default=0)
+    if model.in_backward:  # those of a block arrive together
+        gradients = min(gradients, -(-max(whole, root) // world))
+        stepping = min(stepping, gradients)
     working = model.passing + 2 * root + (3 * whole if settings.reshard else sum(blocks.values()) + 2 * whole)
     if model.accumulates:
         gradients = model.gradients

@@ -185,8 +185,7 @@ class Plan:
         model, now = self.model, self.batch_size
         text = f"a micro-batch of {size} instead of {now}, with {-(-now // size)} times the accumulation"
         # what comes and goes has a part that stays: the gradient that is being made
-        gradient = max((parameter.nbytes for parameter in model.parameters if parameter.trainable), default=0)
-        passing = min(model.passing, model.passing * size // now + gradient)
+        passing = min(model.passing, model.passing * size // now + model.largest_gradient)
         smaller = replace(
             model,
             activations=model.activations * size // now,
@@ -247,6 +246,7 @@ def measure_model(
     transforms: tuple[OptimizerTransform, ...] = (),
     blocks: Any = "auto",
     accumulates: bool = False,
+    in_backward: bool = False,
 ) -> Model:
     """Measure what a module needs whose step was seen.
 
@@ -258,12 +258,14 @@ def measure_model(
         transforms: What changes the optimizers, in its order.
         blocks: As of ``FullyShardStrategy``.
         accumulates: Whether gradients of several micro-batches are added.
+        in_backward: Whether each parameter is stepped as its gradient arrives.
 
     Raises:
         ValueError: If an optimizer can't be planned.
     """
     parameters = list_parameters(module, blocks)
     state = sharded_state = flat_state = 0
+    fused = True
     low_bits = [transform for transform in transforms if isinstance(transform, LowBitOptimizer)]
     with quiet():
         for optimizer in step.optimizers:
@@ -274,6 +276,7 @@ def measure_model(
             flat_state += plain * single // max(own, 1) if flat is None else flat
             for transform in transforms:
                 optimizer = transform.transform(optimizer, module)
+            fused = fused and all(group.get("fused") for group in optimizer.param_groups)
             changed = measure_state(optimizer, mode) if low_bits else plain
             state += changed
             sharded_state += changed if all(takes_fsdp2(transform) for transform in low_bits) else plain
@@ -289,8 +292,10 @@ def measure_model(
         casts=step.casts,
         passing=step.passing,
         accumulates=accumulates,
+        in_backward=in_backward,
+        fused=fused,
         pure_fp16_under_zero=precision == "16-mixed",
-        refusals=_refusals(module, step.optimizers, precision),
+        refusals=_refusals(module, step.optimizers, precision, in_backward),
     )
 
 
@@ -299,11 +304,13 @@ def takes_fsdp2(transform: OptimizerTransform) -> bool:
     return "FullyShardStrategy" in transform.contract.accepts
 
 
-def _refusals(module: nn.Module, optimizers: list[Optimizer], precision: str) -> dict[str, str]:
+def _refusals(module: nn.Module, optimizers: list[Optimizer], precision: str, in_backward: bool) -> dict[str, str]:
     """Why strategies can't be used, by name; as the strategies themselves refuse it."""
     found = {}
     if len(optimizers) > 1:
         found["accel_zero"] = "several optimizers"
+    if in_backward:
+        found["accel_zero"] = "not with OptimizerInBackward"
     whole = [type(optimizer).__name__ for optimizer in optimizers if type(optimizer).__name__ in NOT_ON_SHARDS]
     dtypes: set[torch.dtype] = {parameter.dtype for parameter in module.parameters() if parameter.requires_grad}
     if precision == "16-mixed":

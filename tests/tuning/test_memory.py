@@ -108,6 +108,26 @@ def test_one_device_needs_no_buckets() -> None:
     assert memory_usage("ddp", FP32, 1).working == 0
 
 
+def test_a_fused_step_makes_no_copies() -> None:
+    bare = dataclasses.replace(FP32, activations=0, buffers=0)
+    fused = dataclasses.replace(bare, fused=True)
+    for strategy, world, copies in (("ddp", 1, 4), ("accel_fsdp2", 2, 0)):  # there it is less than what is gathered
+        totals = [memory_usage(strategy, model, world).total for model in (bare, fused)]
+        assert totals[0] - totals[1] == copies * N
+    assert [memory_usage("accel_fsdp2", model, 2).stepping for model in (bare, fused)] == [2 * N, 0]
+
+
+def test_in_the_backward_pass_there_is_one_gradient_at_a_time() -> None:
+    parameters = tuple(Parameter((1024, 1024), block=str(number)) for number in range(8))
+    state = 2 * 8 * 4 * MIB
+    model = Model(parameters, state, state, activations=100 * MIB, passing=MIB, in_backward=True, fused=True)
+    alone, two, sharded = (memory_usage(*of) for of in (("ddp", model, 1), ("ddp", model, 2), ("accel_fsdp2", model, 2)))
+    assert (alone.gradients, two.gradients, sharded.gradients) == (4 * MIB, 8 * MIB, 2 * MIB)
+    assert alone.total == (32 + 64 + 100 + 4 + 1) * MIB and two.working == MIB
+    copying = dataclasses.replace(model, fused=False)
+    assert memory_usage("ddp", copying, 1).total == alone.total + 4 * MIB
+
+
 def test_one_formula() -> None:
     """What `zero_bytes` says is what the plan says."""
     for stage, ranks in ((1, 2), (2, 4), (3, 8)):
