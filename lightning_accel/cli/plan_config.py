@@ -18,6 +18,7 @@ from lightning_accel.accumulation.gradient_accumulation import GradientAccumulat
 from lightning_accel.cli.lightning_commands import AccelCLI
 from lightning_accel.cli.usage import UsageError
 from lightning_accel.hooks.optimizers import OptimizerTransform
+from lightning_accel.optimizers.in_backward import OptimizerInBackward
 from lightning_accel.optimizers.low_bit import LowBitOptimizer
 from lightning_accel.tuning.fake import FakeStep, fake_module_, quiet, run_fake_step
 from lightning_accel.tuning.memory import Model
@@ -125,9 +126,11 @@ def plan_config(
     tell("Taking one step that computes nothing")
     step = _step(cli, options, batch)
     tell("Counting optimizer state")
-    transforms = tuple(callback for callback in cli.callbacks if isinstance(callback, OptimizerTransform))
+    active = [callback for callback in cli.callbacks if not getattr(callback, "is_neutral", False)]
+    in_backward = [callback for callback in active if isinstance(callback, OptimizerInBackward)]
+    transforms = tuple(item for item in active if isinstance(item, OptimizerTransform) and item not in in_backward)
     accumulates = cli.options.get("accumulate_grad_batches", 1) > 1 or any(
-        isinstance(callback, GradientAccumulation) and not callback.is_neutral for callback in cli.callbacks
+        isinstance(callback, GradientAccumulation) for callback in active
     )
     if (options.devices * options.nodes) % cli.settings.replicas:
         raise UsageError(f"{cli.settings.replicas} replicas can't share {options.devices * options.nodes} devices.")
@@ -140,6 +143,7 @@ def plan_config(
             transforms=transforms,
             blocks=cli.settings.blocks,
             accumulates=accumulates,
+            in_backward=bool(in_backward),
         )
     except ValueError as error:
         raise UsageError(f"The optimizer can't be planned: {error}.") from error

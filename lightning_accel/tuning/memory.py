@@ -289,7 +289,7 @@ def _zero(strategy: Strategy, model: Model, world: int, settings: Settings) -> U
         stepping=stepping,
         gradients_late=stage < 3 and not model.accumulates,
         host=host,
-        refusal=model.refusals.get("accel_zero", ""),
+        refusal=model.refusals.get("accel_zero", "not with OptimizerInBackward" if model.in_backward else ""),
     )
 
 

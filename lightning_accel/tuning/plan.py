@@ -154,6 +154,9 @@ class Plan:
                 size = (fits + too_large) // 2
                 fits, too_large = (size, too_large) if self._with_batch(size).enough else (fits, size)
             yield self._with_batch(fits)
+        if not model.in_backward and not model.accumulates:
+            text = "OptimizerInBackward, where gradients are not clipped by their norm"
+            yield self._look(text, replace(model, in_backward=True))
         blocks = len({parameter.block for parameter in model.parameters} - {""})
         if blocks > 1 and model.activations:
             # a block's own activations come back in the backward pass, beside the inputs of all blocks
@@ -184,6 +187,7 @@ class Plan:
     def _with_batch(self, size: int) -> Advice:
         model, now = self.model, self.batch_size
         text = f"a micro-batch of {size} instead of {now}, with {-(-now // size)} times the accumulation"
+        text += " and without OptimizerInBackward" * model.in_backward
         # what comes and goes has a part that stays: the gradient that is being made
         passing = min(model.passing, model.passing * size // now + model.largest_gradient)
         smaller = replace(
@@ -192,6 +196,7 @@ class Plan:
             frozen_inputs=model.frozen_inputs * size // now,
             passing=passing,
             accumulates=True,
+            in_backward=False,
         )
         return self._look(text, smaller)
 
@@ -295,7 +300,7 @@ def measure_model(
         in_backward=in_backward,
         fused=fused,
         pure_fp16_under_zero=precision == "16-mixed",
-        refusals=_refusals(module, step.optimizers, precision, in_backward),
+        refusals=_refusals(module, step.optimizers, precision),
     )
 
 
@@ -304,13 +309,11 @@ def takes_fsdp2(transform: OptimizerTransform) -> bool:
     return "FullyShardStrategy" in transform.contract.accepts
 
 
-def _refusals(module: nn.Module, optimizers: list[Optimizer], precision: str, in_backward: bool) -> dict[str, str]:
+def _refusals(module: nn.Module, optimizers: list[Optimizer], precision: str) -> dict[str, str]:
     """Why strategies can't be used, by name; as the strategies themselves refuse it."""
     found = {}
     if len(optimizers) > 1:
         found["accel_zero"] = "several optimizers"
-    if in_backward:
-        found["accel_zero"] = "not with OptimizerInBackward"
     whole = [type(optimizer).__name__ for optimizer in optimizers if type(optimizer).__name__ in NOT_ON_SHARDS]
     dtypes: set[torch.dtype] = {parameter.dtype for parameter in module.parameters() if parameter.requires_grad}
     if precision == "16-mixed":

@@ -156,6 +156,7 @@ def test_advice_says_by_how_much(planner: Planner) -> None:
         "a micro-batch",
         "activation checkpointing",
         "precision bf16-true",
+        "OptimizerInBackward, where",
         "LowBitOptimizer (8-bit",
     }
     batch = advice["a micro-batch"]
@@ -225,6 +226,21 @@ def test_accumulation_keeps_gradients(planner: Planner) -> None:
     for factor, gradients in ((1, once["gradients"]), (2, more["gradients"])):
         callback = {"class_path": "GradientAccumulation", "init_args": {"factor": factor}}
         assert planner.row("accel_fsdp2", callbacks=[callback])["gradients"] == gradients
+
+
+def test_the_optimizer_in_the_backward_pass(planner: Planner) -> None:
+    inside, largest = {"class_path": "OptimizerInBackward"}, 4 * 512 * 512 * 4
+    plain, found = planner(devices=1), planner(callbacks=[inside], devices=1)
+    before, after = plain["strategies"][0], found["strategies"][0]
+    assert after["gradients"] == largest and before["total"] > after["total"] + 2 * LAYER * 4
+    assert {row["refusal"] for row in found["strategies"] if "zero" in row["strategy"]} == {
+        "not with OptimizerInBackward"
+    }
+    advice = planner("--device-memory", "10MiB", callbacks=[inside])["advice"]
+    assert any("and without OptimizerInBackward" in item["text"] for item in advice)
+    assert not any(item["text"].startswith("OptimizerInBackward") for item in advice)
+    off = {"class_path": "OptimizerInBackward", "init_args": {"enabled": False}}
+    assert planner(callbacks=[off], devices=1)["strategies"] == plain["strategies"]
 
 
 def test_batches_from_the_command_line(planner: Planner) -> None:

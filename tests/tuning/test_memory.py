@@ -121,7 +121,9 @@ def test_in_the_backward_pass_there_is_one_gradient_at_a_time() -> None:
     parameters = tuple(Parameter((1024, 1024), block=str(number)) for number in range(8))
     state = 2 * 8 * 4 * MIB
     model = Model(parameters, state, state, activations=100 * MIB, passing=MIB, in_backward=True, fused=True)
-    alone, two, sharded = (memory_usage(*of) for of in (("ddp", model, 1), ("ddp", model, 2), ("accel_fsdp2", model, 2)))
+    alone, two, sharded = (
+        memory_usage(*of) for of in (("ddp", model, 1), ("ddp", model, 2), ("accel_fsdp2", model, 2))
+    )
     assert (alone.gradients, two.gradients, sharded.gradients) == (4 * MIB, 8 * MIB, 2 * MIB)
     assert alone.total == (32 + 64 + 100 + 4 + 1) * MIB and two.working == MIB
     copying = dataclasses.replace(model, fused=False)
