@@ -16,7 +16,16 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LambdaLR, OneCycleLR, SequentialLR
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_accel import EMA, FusedOptimizer, GradualPruning, LearningRateFinder, LowBitOptimizer, Muon, ScheduleFree
+from lightning_accel import (
+    EMA,
+    FusedOptimizer,
+    GradualPruning,
+    LearningRateFinder,
+    LowBitOptimizer,
+    Muon,
+    OptimizerInBackward,
+    ScheduleFree,
+)
 from lightning_accel.optimizers.schedule_free_steps import to_average_, to_training_, use_schedule_free_
 from lightning_accel.strategies.zero_redundancy import ZeroRedundancyStrategy
 from tests.conformance.compare import assert_equal
@@ -576,6 +585,15 @@ def test_low_bit_second_moments() -> None:
     plain = fitted([ScheduleFree()])[0]
     assert not torch.equal(module.hidden.weight, plain.hidden.weight)
     torch.testing.assert_close(module.hidden.weight, plain.hidden.weight, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("others", [list, lambda: [LowBitOptimizer(min_size=512)]], ids=["alone", "in few bits"])
+def test_steps_in_the_backward_pass_are_the_same(others: Callable[[], list[Callback]]) -> None:
+    together, alone = (
+        fitted([ScheduleFree(warmup_steps=3), *others(), *more]) for more in ([], [OptimizerInBackward()])
+    )
+    assert_equal(alone[2].trained, together[2].trained, "what is trained")
+    assert_equal(alone[2].validated, together[2].validated, "what is validated")
 
 
 def test_a_rate_is_found_and_trained_with() -> None:
