@@ -1,6 +1,6 @@
 """ScheduleFree: train without a learning-rate schedule, and use the average that stands in its place.
 
-At any moment the average is about as good as weights whose rate was brought down to end there ("The Road Less
+The average is meant to be as good at any moment as weights whose rate was brought down to end there ("The Road Less
 Scheduled", Defazio et al. 2024, https://arxiv.org/abs/2405.15682). The steps are those of the package ``schedulefree``,
 bit for bit; that the module holds the average whenever it is evaluated, saved or left is seen to here.
 
@@ -69,7 +69,7 @@ class ScheduleFree(OptimizerTransform):
         purpose="Train without a learning-rate schedule; validate, save and use an average of the weights.",
         touches=frozenset({"weights", "optimizer"}),
         acts="every optimizer step; in validation and when weights are saved",
-        expects="no schedule to choose; the weights once more in memory while they are evaluated",
+        expects="no schedule to choose",
         docs="methods/schedule_free",
         after=frozenset({"GradualPruning"}),
         once=True,
@@ -149,8 +149,8 @@ class ScheduleFree(OptimizerTransform):
         names = ", ".join(dict.fromkeys(type(scheduler).__name__ for scheduler in self._schedulers))
         if names and self.schedulers == "refuse":
             raise MisconfigurationException(
-                f"ScheduleFree can't work with {names}: it stands in the place of a schedule. Leave it out of "
-                "`configure_optimizers`; or set schedulers='remove' to train without it, at the rate that is "
+                f"ScheduleFree can't work with {names}: it takes the place of a schedule. Leave the scheduler "
+                "out of `configure_optimizers`; or set schedulers='remove' to train without it, at the rate that is "
                 "configured, or schedulers='keep' to have it change the rate all the same."
             )
         if names and self.schedulers == "remove" and not pl_module.automatic_optimization:

@@ -432,7 +432,9 @@ class Scheduled(Plain):
 
 
 def test_schedulers_are_refused_unless_something_is_said() -> None:
-    with pytest.raises(MisconfigurationException, match=r"with OneCycleLR: .*Leave it out .*'remove'.*'keep'"):
+    with pytest.raises(
+        MisconfigurationException, match=r"with OneCycleLR: .*Leave the scheduler out .*'remove'.*'keep'"
+    ):
         fitted([ScheduleFree()], Scheduled())
 
 
