@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lightning_accel.strategies.fully_shard import FullyShardStrategy
     from lightning_accel.strategies.zero import ZeROStrategy
     from lightning_accel.strategies.zero_redundancy import ZeroRedundancyStrategy
+    from lightning_accel.tuning.batch_size_finder import BatchSizeFinder
     from lightning_accel.tuning.learning_rate_finder import LearningRateFinder
 
 __version__ = "0.1.0"
@@ -38,6 +39,7 @@ __all__ = [
     "SAM",
     "AutoResume",
     "BatchAugmentation",
+    "BatchSizeFinder",
     "Duration",
     "ExactResume",
     "FullyShardStrategy",
@@ -61,6 +63,7 @@ __all__ = [
 _HOME = {
     "AutoResume": "durability.auto_resume",
     "BatchAugmentation": "augment.batch_augmentation",
+    "BatchSizeFinder": "tuning.batch_size_finder",
     "EMA": "optimizers.ema",
     "Duration": "schedules",
     "ExactResume": "durability.exact_resume",

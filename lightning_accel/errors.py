@@ -14,14 +14,22 @@ from typing import Any
 
 __all__ = [
     "NoEffectWarning",
+    "check_bytes",
     "check_choice",
     "check_fraction",
     "check_int",
     "check_number",
     "check_patterns",
     "matches_any",
+    "parse_bytes",
     "require",
 ]
+
+_UNITS = {"B": 1} | {
+    f"{letter}{suffix}": base**power
+    for power, letter in enumerate("KMGT", start=1)
+    for suffix, base in (("iB", 1024), ("B", 1000))
+}
 
 
 class NoEffectWarning(UserWarning):
@@ -76,6 +84,26 @@ def check_choice(name: str, value: Any, choices: Collection[Any]) -> Any:
     if value not in choices:
         raise ValueError(f"Expected `{name}` to be one of {', '.join(map(repr, choices))}, but got {value!r}.")
     return value
+
+
+def parse_bytes(text: str) -> int | None:
+    """The bytes of a size such as "80GiB" or "24 GB"; None where it is not one above 0."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    return int(float(found[1]) * _UNITS[found[2]]) or None if found and found[2] in _UNITS else None
+
+
+def check_bytes(name: str, value: Any) -> int:
+    """Return the bytes that ``value`` says, as an ``int`` or as a size such as "8GiB".
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If it is below 1, or the unit is missing or unknown.
+    """
+    if not isinstance(value, str):
+        return check_int(name, value, minimum=1)
+    if (size := parse_bytes(value)) is None:
+        raise ValueError(f"Expected `{name}` to be a number of bytes or a size like '8GiB', but got {value!r}.")
+    return size
 
 
 def check_patterns(name: str, patterns: Any) -> tuple[re.Pattern[str], ...]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_accel.cli.usage import UsageError
+from lightning_accel.errors import parse_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,11 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["parse_input", "parse_memory", "run_plan"]
 
-_UNITS = {"B": 1} | {
-    f"{letter}{suffix}": base**power
-    for power, letter in enumerate("KMGT", start=1)
-    for suffix, base in (("iB", 1024), ("B", 1000))
-}
 _EPILOG = """\
 Nothing is trained and no weights are made: the module is built on the meta device, and takes one step that computes
 nothing. The batch is the first one of the configuration's data, whose prepare_data is not called; --input gives its
@@ -63,10 +59,9 @@ def parse_memory(text: str) -> int:
     Raises:
         UsageError: If the unit is missing or unknown, or the size is not above 0.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
-    if not found or found[2] not in _UNITS or not float(found[1]):
+    if (size := parse_bytes(text)) is None:
         raise UsageError(f"Expected --device-memory to be like 80GiB or 24GB, but got {text!r}.")
-    return int(float(found[1]) * _UNITS[found[2]])
+    return size
 
 
 def parse_input(texts: list[str]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -39,8 +40,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
     """Counts the bytes that operations make and that are still there, while this context is entered.
 
     Every operation is seen as it runs, those of the backward pass as well, and each storage that it made is counted
-    until it is let go of. It works on any device. What one operation allocates and frees inside itself is not seen, nor
-    what a compiled graph does.
+    until it is let go of. It works on any device. What one operation allocates and frees inside itself is not seen. A
+    compiled function runs as it was before it was compiled, and what is called here for the first time goes on so until
+    ``torch.compiler.reset()``.
 
     Args:
         limit: Bytes that may be there at a time; an operation that makes more raises ``torch.OutOfMemoryError``. None:
@@ -62,6 +64,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
     def __init__(self, limit: int | None = None, known: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.limit = limit
+        self._process = os.getpid()  # workers of a loader that are forked in here count nothing
         self.now = self.peak = 0
         self._known = list(known)  # with references, or the keys could be those of other storages
         self._own = {storage_key(tensor) for tensor in self._known}
@@ -71,6 +74,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        if os.getpid() != self._process:
+            return out
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self.add(tensor)

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import copy
 import random
+import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.profilers import PassThroughProfiler
@@ -27,7 +30,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_accel.hooks.callback import AccelCallback, trainer_callbacks
+from lightning_accel.hooks.callback import AccelCallback, Patched, trainer_callbacks
 from lightning_accel.hooks.data import train_loaders
 from lightning_accel.hooks.rng import get_rng_state, set_rng_state
 from lightning_accel.hooks.snapshot import Snapshot
@@ -53,6 +56,33 @@ class Trial:
         self._trainer, self._module = trainer, pl_module
         self._outputs = _Outputs()
         self._progress: Snapshot | None = None
+        self._kept: list[Snapshot] = []
+
+    def set_up(self, make_optimizers: Callable[[], None]) -> None:
+        """Do what the fit does from there on to the start of training; for a trial that begins before it.
+
+        Args:
+            make_optimizers: Makes the optimizers of the fit.
+        """
+        strategy = self._trainer.strategy
+        make_optimizers()
+        strategy.setup_precision_plugin()
+        _optimizers_to_device(strategy.optimizers, strategy.root_device)
+        call._call_callback_hooks(self._trainer, "on_fit_start")
+        call._call_lightning_module_hook(self._trainer, "on_fit_start")
+
+    def own(self, loader: Any) -> Any:
+        """A copy of a loader, to be gone through here; what changes in the loader then is put back too."""
+        self._kept.append(Snapshot(_parts(loader), left=_datasets(loader)))
+        return _copy(loader)
+
+    def shorten_windows(self, batches: int) -> None:
+        """Let no optimizer step take more than so many batches."""
+        loop = self._trainer.fit_loop.epoch_loop
+        reached, begun = loop._accumulated_batches_reached, loop.batch_progress.current.ready
+        loop.__dict__["_accumulated_batches_reached"] = lambda: (
+            reached() or loop.batch_progress.current.ready >= begun + batches
+        )
 
     def start(self) -> None:
         """Call the hooks of the start of training, of the module and of those callbacks.
@@ -118,8 +148,10 @@ class _Batches:
 
 
 @contextmanager
-def trial(trainer: Trainer, pl_module: LightningModule, *, without: Iterable[Callback] = ()) -> Iterator[Trial]:
-    """Run the block on the side of a fit whose optimizers and training data exist; all of it is undone at its end.
+def trial(
+    trainer: Trainer, pl_module: LightningModule, *, without: Iterable[Callback] = (), reduces: bool = True
+) -> Iterator[Trial]:
+    """Run the block on the side of a fit whose module is on its device and wrapped; all of it is undone at its end.
 
     It takes a second copy of the weights and of the optimizer's state, in the host's memory.
 
@@ -127,6 +159,8 @@ def trial(trainer: Trainer, pl_module: LightningModule, *, without: Iterable[Cal
         trainer: The Trainer of the fit.
         pl_module: Its module.
         without: Callbacks that take no part, besides those that are not of this package or only observe.
+        reduces: Whether DDP reduces gradients over the ranks. A step that ends half-way would leave its wrapper in no
+            state to go on.
 
     Raises:
         MisconfigurationException: If the strategy keeps weights where they can't be put back.
@@ -152,6 +186,8 @@ def trial(trainer: Trainer, pl_module: LightningModule, *, without: Iterable[Cal
             *(trainer.fit_loop, trainer._logger_connector, strategy.precision_plugin, *callbacks),
             getattr(strategy, "_ddp_comm_state", None),
             *parts,
+            *_generators(datamodule),
+            *_optimizers_in(getattr(pl_module, "configure_optimizers", None)),
         ],
         surfaces=[trainer, strategy, *(() if datamodule is None else (datamodule,))],
         left=[*plans.values(), *datasets],
@@ -171,7 +207,10 @@ def trial(trainer: Trainer, pl_module: LightningModule, *, without: Iterable[Cal
             # A wrapper of its own: DDP lays its buckets out anew after its first backward, and with more than two ranks
             # the order of sums follows. The fit's wrapper passes over gradients of forwards that are not its own.
             strategy.model = pl_module
-            strategy.configure_ddp()
+            if reduces:
+                strategy.configure_ddp()
+            else:
+                strategy.__dict__["configure_ddp"] = _nothing
         yield side
     finally:
         for plan in plans.values():
@@ -181,6 +220,8 @@ def trial(trainer: Trainer, pl_module: LightningModule, *, without: Iterable[Cal
         for module in pl_module.modules():
             if isinstance(module, FSDPModule):  # an exception may have come between gathering and letting go
                 module.reshard()
+        for kept in reversed(side._kept):
+            kept.restore()
         snapshot.restore()
         set_rng_state(random_state)
 
@@ -196,7 +237,18 @@ def before_training(callback: AccelCallback, trainer: Trainer, function: Callabl
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
-    """In place of the schedulers' steps."""
+    """In place of what is not done in a trial."""
+
+
+def _optimizers_in(function: Any) -> Iterator[Any]:
+    """The optimizers and schedulers that a function carries along, as LightningCLI's ``configure_optimizers`` does."""
+    if isinstance(function, Patched):
+        yield from _optimizers_in(function.original)
+    elif isinstance(function, types.MethodType):
+        yield from _optimizers_in(function.__func__)
+    elif isinstance(function, partial):
+        held = (*function.args, *function.keywords.values())
+        yield from (item for item in held if hasattr(item, "param_groups") or hasattr(item, "optimizer"))
 
 
 def _check(trainer: Trainer, pl_module: LightningModule) -> None:
@@ -275,7 +327,12 @@ def _datasets(loader: Any) -> Iterator[Any]:
 def _parts(loader: Any) -> Iterator[Any]:
     """What changes in a loader when it is gone through: samplers, its place where it is watched, random generators."""
     for owner in (loader, *_datasets(loader)):
-        for name, value in getattr(owner, "__dict__", {}).items():
-            is_generator = isinstance(value, (torch.Generator, random.Random)) or hasattr(value, "bit_generator")
-            if is_generator or (isinstance(owner, DataLoader) and name not in ("dataset", "collate_fn")):
-                yield value
+        yield from _generators(owner)
+    if isinstance(loader, DataLoader):
+        yield from (value for name, value in vars(loader).items() if name not in ("dataset", "collate_fn"))
+
+
+def _generators(owner: object) -> Iterator[Any]:
+    for value in getattr(owner, "__dict__", {}).values():
+        if isinstance(value, (torch.Generator, random.Random)) or hasattr(value, "bit_generator"):
+            yield value

@@ -8,17 +8,27 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from lightning_accel.hooks.batch_size import batch_size_of
 from lightning_accel.hooks.data import train_loaders
 
-__all__ = ["WindowWeights", "samples_of_a_batch", "sum_over_ranks"]
+__all__ = ["WindowWeights", "max_over_ranks", "samples_of_a_batch", "sum_over_ranks"]
 
 
 def sum_over_ranks(trainer: Trainer, value: Tensor) -> Tensor:
     """The sum of a tensor over all ranks; a collective operation."""
+    return _reduce(trainer, value, "sum")
+
+
+def max_over_ranks(trainer: Trainer, value: Tensor) -> Tensor:
+    """The largest of each element of a tensor over all ranks; a collective operation."""
+    return _reduce(trainer, value, "max")
+
+
+def _reduce(trainer: Trainer, value: Tensor, operation: str) -> Tensor:
     if trainer.world_size == 1:
         return value
     total = value.detach().clone().to(trainer.strategy.root_device)
-    reduced: Tensor = trainer.strategy.reduce(total, reduce_op="sum")
+    reduced: Tensor = trainer.strategy.reduce(total, reduce_op=operation)
     return reduced
 
 
@@ -33,17 +43,12 @@ def samples_of_a_batch(trainer: Trainer, *, agree: bool) -> int | None:
         None where a loader does not say how large its batches are, or there are several.
     """
     loaders = train_loaders(trainer)
-    own = _batch_size(loaders[0]) if len(loaders) == 1 else None
+    own = batch_size_of(loaders[0]) if len(loaders) == 1 else None
     replicas = int((trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1))
     if not agree:
         return None if own is None else own * replicas
     total, unknown = sum_over_ranks(trainer, torch.tensor([own or 0, own is None])).tolist()
     return None if unknown else total * replicas // trainer.world_size
-
-
-def _batch_size(loader: object) -> int | None:
-    size = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
-    return size if isinstance(size, int) else None
 
 
 class WindowWeights:
