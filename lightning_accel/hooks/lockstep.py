@@ -56,7 +56,7 @@ def _agree(trainer: Trainer, failure: int) -> int:
     return int(max_over_ranks(trainer, torch.tensor(failure)))
 
 
-class _OtherRankFailed(Exception):
+class _OtherRankFailed(BaseException):  # or Lightning, which takes in what happens as it shares signals, would keep it
     def __init__(self, failure: int) -> None:
         super().__init__()
         self.failure = failure

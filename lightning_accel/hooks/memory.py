@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -50,6 +49,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
         known: Tensors that are not counted, such as the parameters, where operations write into them.
 
     Attributes:
+        paused: Whether operations go by that are not looked at, such as those of a loader and its forked workers.
         now: Bytes that are there.
         peak: The most bytes at a time.
 
@@ -63,8 +63,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
 
     def __init__(self, limit: int | None = None, known: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.limit = limit
-        self._process = os.getpid()  # workers of a loader that are forked in here count nothing
+        self.limit, self.paused = limit, False
         self.now = self.peak = 0
         self._known = list(known)  # with references, or the keys could be those of other storages
         self._own = {storage_key(tensor) for tensor in self._known}
@@ -74,7 +73,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if os.getpid() != self._process:
+        if self.paused:
             return out
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -194,6 +195,9 @@ class BatchSizeFinder(AccelCallback):
         before_optimizers(self, trainer, partial(self._begin, trainer, pl_module))
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, make_optimizers: Callable[[], None]) -> None:
+        if trainer.limit_train_batches == 0:
+            make_optimizers()
+            return
         if train_loaders(trainer):
             rank_zero_warn(
                 "The training data was set up before BatchSizeFinder searched, as `trainer.estimated_stepping_batches` "
@@ -219,14 +223,14 @@ class BatchSizeFinder(AccelCallback):
             return loader
         if reason := why_no_batch_size(loader):
             raise MisconfigurationException(f"{_NO_SIZE}: {reason}. {_OTHER_DATA}")
+        if self._side is None:
+            return with_batch_size(loader, self._size)
         self._configured.add(batch_size_of(loader) or 0)
         if len(self._configured) > 1:
             raise MisconfigurationException(
                 "BatchSizeFinder sets one batch size for all training loaders, but theirs are "
                 f"{', '.join(map(str, sorted(self._configured)))}: configure one for all, or remove the finder."
             )
-        if self._side is None:
-            return with_batch_size(loader, self._size)
         own = with_batch_size(self._side.own(loader), self._size)
         self._samples = min(self._samples, samples_in(loader) or _UNKNOWN)
         if self._size > self._samples:
@@ -294,15 +298,16 @@ class BatchSizeFinder(AccelCallback):
         side, reason = self._side, ""
 
         def steps() -> None:
+            if make_optimizers is not None:
+                side.set_up(make_optimizers)
+                side.shorten_windows(2)  # more batches of a window take no more memory
+            try:
+                set_up_train_data(trainer)
+            except ValueError as error:  # the epoch has too few batches for a setting of the Trainer
+                raise MisconfigurationException(str(error)) from None
             memory.begin()
+            put_back.callback(set_batch_size_attribute(trainer, pl_module, self.batch_arg_name, size))
             with memory.watch():
-                if make_optimizers is not None:
-                    side.set_up(make_optimizers)
-                    side.shorten_windows(2)  # more batches of a window take no more memory
-                try:
-                    set_up_train_data(trainer)
-                except ValueError as error:  # the epoch has too few batches for a setting of the Trainer
-                    raise MisconfigurationException(str(error)) from None
                 if make_optimizers is not None:
                     side.start()
                 self._take_steps(trainer, side, memory, size)
@@ -320,11 +325,8 @@ class BatchSizeFinder(AccelCallback):
             raise error
 
         self._size = size
-        put_back = set_batch_size_attribute(trainer, pl_module, self.batch_arg_name, size)
-        try:
+        with ExitStack() as put_back:
             failure = run_in_lockstep(trainer, steps, name_failure, memory.free)
-        finally:
-            put_back()
         peak, fewest = max_over_ranks(trainer, torch.tensor([memory.peak, -self._samples])).tolist()
         self._samples = -fewest
         if failure and not reason:
@@ -339,8 +341,7 @@ class BatchSizeFinder(AccelCallback):
 
         def batches() -> Iterator[Any]:
             nonlocal largest
-            for batch in fetched_batches(trainer):
-                memory.add(batch)
+            for batch in memory.pass_on(fetched_batches(trainer)):
                 largest = max(largest, first_dimension(batch))
                 yield batch
 
@@ -375,7 +376,7 @@ class BatchSizeFinder(AccelCallback):
             f"BatchSizeFinder: a batch size of {configured} was configured, {self.batch_size} was found "
             f"({format_bytes(peak)} of {format_bytes(memory.total)})."
         )
-        if last["fits"]:
+        if all(result["fits"] for result in self.results):
             text += f" Larger ones were not tried: {self._bound()}."
         finders = [other for other in trainer_callbacks(trainer) if type(other).__name__ == "LearningRateFinder"]
         if self.batch_size != configured and not finders:

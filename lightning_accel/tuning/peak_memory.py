@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -55,7 +55,7 @@ class CudaMemory:
 
     def begin(self) -> None:
         """Forget the peak so far."""
-        self.free()
+        torch.cuda.empty_cache()  # or what is left of smaller batches is in the way
         torch.cuda.reset_peak_memory_stats(self._device)
 
     @property
@@ -63,8 +63,9 @@ class CudaMemory:
         """The most bytes at a time since :meth:`begin`."""
         return torch.cuda.max_memory_allocated(self._device)
 
-    def add(self, batch: Any) -> None:
-        """Nothing has to be done about a batch."""
+    def pass_on(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches; nothing has to be done about them."""
+        return batches
 
     def free(self) -> None:
         """Give back what nobody refers to any more."""
@@ -99,7 +100,6 @@ class CountedMemory:
 
     def begin(self) -> None:
         """Forget the peak so far, and hold what comes to the limit."""
-        self.free()
         self._live.peak = self._live.now
         self._live.limit = self.limit - self._base
 
@@ -108,10 +108,19 @@ class CountedMemory:
         """The most bytes at a time since :meth:`begin`."""
         return self._base + self._live.peak
 
-    def add(self, batch: Any) -> None:
-        """Count a batch, which may have been made in another process."""
-        for tensor in tensors_in(batch):
-            self._live.add(tensor)
+    def pass_on(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches, which count, wherever they were made, but not what they are made of."""
+        while True:
+            self._live.paused = True
+            try:
+                batch = next(batches, None)
+            finally:
+                self._live.paused = False
+            if batch is None:
+                return
+            for tensor in tensors_in(batch):
+                self._live.add(tensor)
+            yield batch
 
     def free(self) -> None:
         """Give back what nobody refers to any more."""
