@@ -451,6 +451,27 @@ METHODS = [
         refused=NO_AVERAGE,
     ),
     Method(
+        "BatchSizeFinder",
+        # it finds the size that the toy has on one rank, so that the checks keep their places in the data
+        [use("BatchSizeFinder", max_size=8, steps_per_trial=2, memory_budget="1GiB")],
+        neutral=[use("BatchSizeFinder", enabled=False)],
+        silent="it finds the batch size that is configured",
+        single=None,
+        not_single="the size that it finds is one of each rank, whatever the number of ranks",
+        refused=dict.fromkeys(STRATEGY_NAMES, "BatchSizeFinder can't work with .*: its shards.*`lightning-accel plan`"),
+        bad=(
+            ({"min_size": 0}, ValueError, "min_size"),
+            ({"min_size": 8, "max_size": 4}, ValueError, "max_size"),
+            ({"mode": "guess"}, ValueError, "mode"),
+            ({"steps_per_trial": 1}, ValueError, "steps_per_trial"),
+            ({"margin": 1.0}, ValueError, "margin"),
+            ({"memory_budget": "8 gallons"}, ValueError, "memory_budget"),
+            ({"memory_budget": 1.5}, TypeError, "memory_budget"),
+            ({"batch_arg_name": 3}, TypeError, "batch_arg_name"),
+            ({"enabled": 1}, TypeError, "enabled"),
+        ),
+    ),
+    Method(
         "LearningRateFinder",
         [use("LearningRateFinder", min_lr=1e-5, max_lr=0.3, num_steps=20)],
         neutral=[use("LearningRateFinder", enabled=False)],

@@ -10,6 +10,7 @@ import pytest
 from lightning_accel import errors
 from lightning_accel.errors import (
     NoEffectWarning,
+    check_bytes,
     check_choice,
     check_fraction,
     check_int,
@@ -53,6 +54,17 @@ from lightning_accel.errors import (
             ValueError,
             "Expected `scope` to be one of 'global', 'layer', but got 'all'.",
         ),
+        (
+            lambda: check_bytes("memory", "8 gallons"),
+            ValueError,
+            "Expected `memory` to be a number of bytes or a size like '8GiB', but got '8 gallons'.",
+        ),
+        (
+            lambda: check_bytes("memory", "0GiB"),
+            ValueError,
+            "Expected `memory` to be a number of bytes or a size like '8GiB', but got '0GiB'.",
+        ),
+        (lambda: check_bytes("memory", 0.5), TypeError, "Expected `memory` to be an int of at least 1, but got 0.5."),
         (
             lambda: check_choice("bits", 16, (4, 8)),
             ValueError,
@@ -127,6 +139,12 @@ def test_the_warning_is_a_user_warning_and_public() -> None:
     assert issubclass(NoEffectWarning, UserWarning)
     assert lightning_accel.NoEffectWarning is NoEffectWarning
     assert sorted(errors.__all__, key=str.lower) == sorted(
-        ["NoEffectWarning", "matches_any", "require"] + [name for name in vars(errors) if name.startswith("check_")],
+        ["NoEffectWarning", "matches_any", "parse_bytes", "require"]
+        + [name for name in vars(errors) if name.startswith("check_")],
         key=str.lower,
     )
+
+
+def test_sizes_in_bytes() -> None:
+    given = [check_bytes("memory", value) for value in (7, "7B", "1.5 KiB", "2MB", " 8GiB ", "1TB")]
+    assert given == [7, 7, 1536, 2_000_000, 8 * 2**30, 10**12]

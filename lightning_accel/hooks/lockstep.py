@@ -20,9 +20,7 @@ __all__ = ["run_in_lockstep"]
 _COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 
 
-def run_in_lockstep(
-    trainer: Trainer, function: Callable[[], Any], name_failure: Callable[[Exception], int], clean_up: Callable[[], Any]
-) -> int:
+def run_in_lockstep(trainer: Trainer, function: Callable[[], Any], name_failure: Callable[[Exception], int]) -> int:
     """Run ``function`` on all ranks; where it fails on one, end it on all.
 
     Collective operations in it must be those of all ranks, in one order; what is sent between two ranks is not seen.
@@ -31,7 +29,6 @@ def run_in_lockstep(
         trainer: The Trainer.
         function: What to run.
         name_failure: From an exception to a number above 0 that names it; it raises what ends the program.
-        clean_up: Called where it failed, when nothing of it is referred to any more, and before other ranks are told.
 
     Returns:
         0 where it went through on all ranks, or else the highest number that a rank gave its failure.
@@ -44,12 +41,10 @@ def run_in_lockstep(
             with _Watched(trainer):
                 function()
     except _OtherRankFailed as other:
-        failure = other.failure
+        return other.failure
     except Exception as error:
-        failure = -name_failure(error)
-    if failure:
-        clean_up()
-    return failure if failure > 0 else _agree(trainer, -failure)
+        failure = name_failure(error)
+    return _agree(trainer, failure)  # when nothing of the error is referred to any more
 
 
 def _agree(trainer: Trainer, failure: int) -> int:

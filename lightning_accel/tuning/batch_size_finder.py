@@ -6,9 +6,7 @@ Sizes are doubled until one does not fit, and halved in between if asked for; ea
 from __future__ import annotations
 
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,34 +19,21 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_accel.errors import check_bytes, check_choice, check_int, check_number
 from lightning_accel.hooks import AccelCallback, Contract, trainer_callbacks
 from lightning_accel.hooks.batch_size import (
-    batch_size_of,
     before_optimizers,
-    fetched_batches,
-    first_dimension,
     on_each_train_loader,
-    release_train_data,
-    samples_in,
     set_batch_size_attribute,
-    set_up_train_data,
     why_no_batch_size,
     with_batch_size,
 )
 from lightning_accel.hooks.data import load_data_again, train_loaders
-from lightning_accel.hooks.lockstep import run_in_lockstep
-from lightning_accel.hooks.memory import is_out_of_memory
-from lightning_accel.hooks.trial import Trial, trial
-from lightning_accel.hooks.weights import max_over_ranks
 from lightning_accel.tuning.peak_memory import CountedMemory, CudaMemory, format_bytes
+from lightning_accel.tuning.size_trials import SizeTrials
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = ["BatchSizeFinder", "next_size"]
 
-_OUT_OF_MEMORY, _REFUSED = 1, 2  # why a size does not fit
-_UNKNOWN = 2**62  # samples of a stream
-_NO_SIZE = "BatchSizeFinder can't set the batch size"
-_OTHER_DATA = "Give `fit` a DataLoader with a `batch_size`, or remove the finder."
 _WAYS_OUT = (
     "Use a smaller model or shorter samples; keep less for a sample with MicroBatching or a lower precision, less for "
     "the optimizer with LowBitOptimizer, less for the gradients with OptimizerInBackward"
@@ -94,7 +79,7 @@ class BatchSizeFinder(AccelCallback):
         max_size: The largest one.
         mode: ``"power"`` doubles; ``"binsearch"`` then halves between what fits and what does not.
         steps_per_trial: Optimizer steps that are tried with each size, each with batches of its own. From the second on
-            the optimizer's state and gradients are there all the time.
+            the optimizer's state is there all the time.
         margin: The fraction of the memory that is left free.
         memory_budget: How much memory the training of one process may take, in bytes or as in ``"8GiB"``. None: what is
             free on its CUDA device. Other devices need one: a CPU runs out when the machine has long begun to swap.
@@ -123,10 +108,11 @@ class BatchSizeFinder(AccelCallback):
         docs="methods/batch_size_finder",
         once=True,
         refuses={
-            "FullyShardStrategy": "its blocks can't go on after a step that ended half-way, where memory ran out. Let "
-            "`lightning-accel plan` tell what a batch size needs, and configure it.",
-            "ModelParallelStrategy": "its parts can't go on after a step that ended half-way, where memory ran out. "
-            "Search on a single device, and configure what was found.",
+            **dict.fromkeys(
+                ("DeepSpeedStrategy", "FSDPStrategy", "FullyShardStrategy", "ModelParallelStrategy"),
+                "its shards can't be put back, or go on, after a step that ended half-way where memory ran out. Let "
+                "`lightning-accel plan` tell what a batch size needs, and configure it.",
+            ),
             "MicroBatching": "it splits each batch into parts that fit, so no batch is too large. Choose the batch "
             "size by what trains best, and remove the finder.",
         },
@@ -146,7 +132,7 @@ class BatchSizeFinder(AccelCallback):
         self.min_size = check_int("min_size", min_size, minimum=1)
         self.max_size = check_int("max_size", max_size, minimum=self.min_size)
         self.mode = check_choice("mode", mode, ("power", "binsearch"))
-        self.steps_per_trial = check_int("steps_per_trial", steps_per_trial, minimum=1)
+        self.steps_per_trial = check_int("steps_per_trial", steps_per_trial, minimum=2)
         self.margin = check_number("margin", margin, 0, 1, open_high=True)
         self.memory_budget = None if memory_budget is None else check_bytes("memory_budget", memory_budget)
         if not isinstance(batch_arg_name, str):
@@ -170,10 +156,7 @@ class BatchSizeFinder(AccelCallback):
         self.batch_size: int | None = None
         self.results: list[dict[str, Any]] = []
         self._resumed = False
-        self._size: int | None = None  # what loaders get now
-        self._side: Trial | None = None  # while sizes are tried
-        self._configured: set[int] = set()
-        self._samples = _UNKNOWN  # of the rank that has the fewest
+        self._trials: SizeTrials | None = None  # while sizes are tried
 
     @property
     def is_neutral(self) -> bool:
@@ -212,67 +195,40 @@ class BatchSizeFinder(AccelCallback):
             )
         elif self.batch_size is None:
             self._search(trainer, pl_module, make_optimizers)
-        self._size = self.batch_size
-        if self._size is not None:
-            self.on_undo(set_batch_size_attribute(trainer, pl_module, self.batch_arg_name, self._size))
+        if self.batch_size is not None:
+            self.on_undo(set_batch_size_attribute(trainer, pl_module, self.batch_arg_name, self.batch_size))
         make_optimizers()
 
     def _resize(self, loader: Any) -> Any:
-        """The loader with the present size."""
-        if self._size is None:
+        """The loader with the size that is tried, or that was found."""
+        if self._trials is None and self.batch_size is None:
             return loader
         if reason := why_no_batch_size(loader):
-            raise MisconfigurationException(f"{_NO_SIZE}: {reason}. {_OTHER_DATA}")
-        if self._side is None:
-            return with_batch_size(loader, self._size)
-        self._configured.add(batch_size_of(loader) or 0)
-        if len(self._configured) > 1:
             raise MisconfigurationException(
-                "BatchSizeFinder sets one batch size for all training loaders, but theirs are "
-                f"{', '.join(map(str, sorted(self._configured)))}: configure one for all, or remove the finder."
+                f"BatchSizeFinder can't set the batch size: {reason}. Give `fit` a DataLoader with a `batch_size`, or "
+                "remove the finder."
             )
-        own = with_batch_size(self._side.own(loader), self._size)
-        self._samples = min(self._samples, samples_in(loader) or _UNKNOWN)
-        if self._size > self._samples:
-            raise MisconfigurationException(
-                f"BatchSizeFinder can't try a batch size of {self._size}: a rank has {self._samples} samples in an "
-                "epoch. Lower `min_size`."
-            )
-        sampler: Any = own.batch_sampler
-        if (found := len(next(iter(sampler), []))) != self._size:
-            raise MisconfigurationException(
-                f"{_NO_SIZE}: {type(sampler).__name__} makes batches of {found} samples where its `batch_size` is "
-                f"{self._size}, so it does not look at that when it is iterated. {_OTHER_DATA}"
-            )
-        return own
-
-    # --------------------------------------------------------------------------------------------------------- search
+        if self._trials is not None:
+            return self._trials.resize(loader)
+        assert self.batch_size is not None
+        return with_batch_size(loader, self.batch_size)
 
     def _search(self, trainer: Trainer, pl_module: LightningModule, make_optimizers: Callable[[], None]) -> None:
         memory = self._memory(trainer, pl_module)
-        tried: dict[int, bool] = {}
-        while (size := self._next(tried)) is not None:
-            with warnings.catch_warnings(), trial(trainer, pl_module, without=[self], reduces=False) as side:
-                warnings.simplefilter("ignore")  # they come in the fit, for the size that it has
-                self._side, begun = side, False
-                try:
-                    while size is not None:
-                        prepare = None if begun else make_optimizers
-                        tried[size] = self._try(trainer, pl_module, memory, size, prepare)
-                        if not tried[size]:  # a step that ended half-way is put back as a whole
-                            break
-                        size, begun = self._next(tried), True
-                finally:
-                    release_train_data(trainer)
-                    self._side = self._size = None
-        memory.free()
+        trials = SizeTrials(trainer, pl_module, memory, self.steps_per_trial, self.batch_arg_name)
+
+        def choose(tried: Mapping[int, bool]) -> int | None:
+            return next_size(tried, self.min_size, min(self.max_size, trials.samples), self.mode)
+
+        self._trials, self.results = trials, trials.results
+        try:
+            trials.run(self, make_optimizers, choose)
+        finally:
+            self._trials = None
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # functions compiled for other sizes, or called uncompiled under `memory.watch`
-        self.batch_size = max((size for size, fits in tried.items() if fits), default=None)
-        self._report(trainer, memory)
-
-    def _next(self, tried: Mapping[int, bool]) -> int | None:
-        return next_size(tried, self.min_size, min(self.max_size, self._samples), self.mode)
+        self.batch_size = max((result["batch_size"] for result in self.results if result["fits"]), default=None)
+        self._report(trainer, memory, trials)
 
     def _memory(self, trainer: Trainer, pl_module: LightningModule) -> CudaMemory | CountedMemory:
         device = trainer.strategy.root_device
@@ -285,80 +241,7 @@ class BatchSizeFinder(AccelCallback):
         model = [*pl_module.parameters(), *pl_module.buffers()]
         return CountedMemory(model, buckets, self.memory_budget, self.margin)
 
-    def _try(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        memory: CudaMemory | CountedMemory,
-        size: int,
-        make_optimizers: Callable[[], None] | None,
-    ) -> bool:
-        """Whether a size fits, on all ranks; where ``make_optimizers`` is given, training begins with it."""
-        assert self._side is not None
-        side, reason = self._side, ""
-
-        def steps() -> None:
-            if make_optimizers is not None:
-                side.set_up(make_optimizers)
-                side.shorten_windows(2)  # more batches of a window take no more memory
-            try:
-                set_up_train_data(trainer)
-            except ValueError as error:  # the epoch has too few batches for a setting of the Trainer
-                raise MisconfigurationException(str(error)) from None
-            memory.begin()
-            put_back.callback(set_batch_size_attribute(trainer, pl_module, self.batch_arg_name, size))
-            with memory.watch():
-                if make_optimizers is not None:
-                    side.start()
-                self._take_steps(trainer, side, memory, size)
-            if memory.peak > memory.limit:
-                raise torch.OutOfMemoryError
-
-        def name_failure(error: Exception) -> int:
-            nonlocal reason
-            if is_out_of_memory(error):
-                reason = "out of memory"
-                return _OUT_OF_MEMORY
-            if isinstance(error, MisconfigurationException):
-                reason = str(error)
-                return _REFUSED
-            raise error
-
-        self._size = size
-        with ExitStack() as put_back:
-            failure = run_in_lockstep(trainer, steps, name_failure, memory.free)
-        peak, fewest = max_over_ranks(trainer, torch.tensor([memory.peak, -self._samples])).tolist()
-        self._samples = -fewest
-        if failure and not reason:
-            reason = "out of memory on another rank" if failure == _OUT_OF_MEMORY else "refused on another rank"
-        if failure == _REFUSED and not self.results:
-            raise MisconfigurationException(reason)
-        self.results.append({"batch_size": size, "fits": not failure, "peak": peak, "reason": reason})
-        return not failure
-
-    def _take_steps(self, trainer: Trainer, side: Trial, memory: CudaMemory | CountedMemory, size: int) -> None:
-        largest = 0
-
-        def batches() -> Iterator[Any]:
-            nonlocal largest
-            for batch in memory.pass_on(fetched_batches(trainer)):
-                largest = max(largest, first_dimension(batch))
-                yield batch
-
-        source = batches()
-        try:
-            for _ in range(self.steps_per_trial):
-                side.step(source)
-        except StopIteration:
-            largest = -1
-        stream = self._samples == _UNKNOWN
-        if largest < 0 or (stream and 0 < largest < size):
-            raise MisconfigurationException(
-                f"BatchSizeFinder can't try a batch size of {size}: the data gives {max(largest, 0)} samples at a "
-                "time. Lower `min_size`."
-            )
-
-    def _report(self, trainer: Trainer, memory: CudaMemory | CountedMemory) -> None:
+    def _report(self, trainer: Trainer, memory: CudaMemory | CountedMemory, trials: SizeTrials) -> None:
         if trainer.is_global_zero and not trainer.barebones:
             from rich import print as rich_print
 
@@ -370,23 +253,19 @@ class BatchSizeFinder(AccelCallback):
                 f"{format_bytes(last['peak'])} of the {format_bytes(memory.limit)} that are allowed "
                 f"({format_bytes(memory.total)} less the margin of {self.margin:g}). {_WAYS_OUT}."
             )
-        peak = max(result["peak"] for result in self.results if result["batch_size"] == self.batch_size)
-        configured = min(self._configured)
+        peak = next(result["peak"] for result in self.results if result["batch_size"] == self.batch_size)
         text = (
-            f"BatchSizeFinder: a batch size of {configured} was configured, {self.batch_size} was found "
+            f"BatchSizeFinder: a batch size of {trials.configured} was configured, {self.batch_size} was found "
             f"({format_bytes(peak)} of {format_bytes(memory.total)})."
         )
         if all(result["fits"] for result in self.results):
-            text += f" Larger ones were not tried: {self._bound()}."
+            by_data = trials.samples <= self.max_size
+            bound = f"a rank has {trials.samples} samples in an epoch" if by_data else f"max_size is {self.max_size}"
+            text += f" Larger ones were not tried: {bound}."
         finders = [other for other in trainer_callbacks(trainer) if type(other).__name__ == "LearningRateFinder"]
-        if self.batch_size != configured and not finders:
+        if self.batch_size != trials.configured and not finders:
             text += " Another batch size may need another learning rate: see LearningRateFinder, which comes after it."
         rank_zero_info(text)
-
-    def _bound(self) -> str:
-        if self._samples <= self.max_size:
-            return f"a rank has {self._samples} samples in an epoch"
-        return f"max_size is {self.max_size}"
 
     def _table(self, memory: CudaMemory | CountedMemory) -> Table:
         from rich.table import Table
@@ -394,9 +273,11 @@ class BatchSizeFinder(AccelCallback):
         title = f"BatchSizeFinder: {format_bytes(memory.total)}, of which {self.margin:.0%} are left free"
         table = Table("batch size", "peak memory", "of the total", "", title=title, title_justify="left")
         for result in self.results:
-            least, share = "" if result["fits"] else "over ", result["peak"] / memory.total
-            size, reason = str(result["batch_size"]), result["reason"] or "fits"
-            table.add_row(size, least + format_bytes(result["peak"]), f"{share:.0%}", reason)
+            peak, share = "-", "-"
+            if (count := result["peak"]) is not None:
+                peak = ("" if result["fits"] else "over ") + format_bytes(count)
+                share = f"{count / memory.total:.0%}"
+            table.add_row(str(result["batch_size"]), peak, share, result["reason"] or "fits")
         return table
 
     # --------------------------------------------------------------------------------------------------------- resume

@@ -99,3 +99,16 @@ def test_the_allocator_of_the_cpu_says_so() -> None:
     with pytest.raises(RuntimeError) as raised:
         torch.empty(1 << 48)
     assert is_out_of_memory(raised.value)
+
+
+def test_what_runs_while_it_is_paused_is_not_counted() -> None:
+    with LiveBytes(limit=100) as live:
+        live.paused = True
+        x = torch.ones(1000) * 2
+        live.paused = False
+        assert live.now == 0
+        y = torch.ones(4)
+        assert live.now == y.nbytes
+        live.add(x)
+        with pytest.raises(torch.OutOfMemoryError):
+            y + 1

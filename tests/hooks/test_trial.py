@@ -299,3 +299,48 @@ def test_a_snapshot_stops_where_it_is_told_to() -> None:
     snapshot.restore()
     assert left == [1, 2]
     assert surface.numbers == [1, 2, 3] and not hasattr(surface, "new")
+
+
+# ------------------------------------------------------------------------------------- a trial that begins before it
+
+
+def test_windows_can_be_shortened() -> None:
+    losses: list[Any] = []
+    search = Search(steps=3)
+
+    def look(trainer: Trainer, pl_module: LightningModule) -> None:
+        with trial(trainer, pl_module, without=[search]) as side:
+            side.start()
+            side.shorten_windows(2)
+            batches = training_batches(trainer)
+            losses.extend(side.step(batches) for _ in range(3))
+            assert len(pl_module.seen) == 6  # type: ignore[arg-type]
+
+    search.search = look  # type: ignore[method-assign]
+    module = Tiny()
+    fit(module, search, build(use("GradientAccumulation", factor=5)))
+    assert len(module.seen) == 5 and len(losses) == 3
+
+
+def test_a_loader_of_its_own_and_generators_of_a_datamodule() -> None:
+    class Drawing(toy.DigitsData):
+        def __init__(self) -> None:
+            super().__init__()
+            self.generator = torch.Generator().manual_seed(1)
+
+    data = Drawing()
+    given = loader(shuffle=True, generator=torch.Generator().manual_seed(2))
+    before = [data.generator.get_state(), given.generator.get_state()]
+    search = Search()
+
+    def look(trainer: Trainer, pl_module: LightningModule) -> None:
+        with trial(trainer, pl_module, without=[search]) as side:
+            before[0] = data.generator.get_state()
+            torch.rand(3, generator=data.generator)
+            own = side.own(given)
+            assert own is not given and len(list(own)) == 5
+        assert torch.equal(data.generator.get_state(), before[0])
+        assert torch.equal(given.generator.get_state(), before[1])
+
+    search.search = look  # type: ignore[method-assign]
+    toy.run([search], datamodule=data, max_epochs=1)

@@ -455,7 +455,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "two sizes": (
         lambda: CombinedLoader([loader(), loader(batch_size=2)]),
-        "for all training loaders, but theirs are 2, 4",
+        "for all training loaders, but theirs are 4 and 2",
     ),
 }
 
@@ -616,10 +616,30 @@ def test_lightnings_own_refuses_what_this_can() -> None:
         fit(Tiny(), Lightnings())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_memory() -> None:
-    memory = CudaMemory(torch.device("cuda", 0), 2**30, 0.5)
-    memory.begin()
-    before = memory.peak
-    x = torch.empty(2**20, device="cuda")
-    assert memory.peak - before == x.nbytes and memory.total == 2**30 and memory.limit == 2**29
+@pytest.mark.parametrize(("budget", "found"), [(None, 16), (700, 8)])
+def test_what_cudas_allocator_says_decides(budget: int | None, found: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an allocator that gives out 50 bytes a sample."""
+    given: list[int] = []
+
+    class Asking(Tiny):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            given.append(50 * len(batch[0]))
+            return super().training_step(batch, batch_idx)
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (900, 9999))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 100)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: max(given, default=0))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: given.clear())
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    search = finder(margin=0.2)
+    memory = CudaMemory(torch.device("cuda", 0), budget, 0.2)
+    assert memory.total == (budget or 1000)
+    monkeypatch.setattr(search, "_memory", lambda *_: memory)
+    fit(Asking(), search, data=loader(10))
+    assert search.batch_size == found
+    assert search.results[-1] == {
+        "batch_size": 2 * found,
+        "fits": False,
+        "peak": 100 * found,
+        "reason": "out of memory",
+    }
