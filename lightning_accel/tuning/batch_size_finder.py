@@ -48,7 +48,7 @@ def next_size(tried: Mapping[int, bool], min_size: int, max_size: int, mode: str
         min_size: The first size to try.
         max_size: The largest one.
         mode: ``"power"``: only doubling; ``"binsearch"``: then also sizes between the last that fits and the first
-            that does not.
+            that does not, until they are within 1/32.
 
     Example:
         >>> next_size({2: True, 4: True}, 2, 100), next_size({2: True, 4: True, 8: False}, 2, 100)
@@ -64,8 +64,9 @@ def next_size(tried: Mapping[int, bool], min_size: int, max_size: int, mode: str
     too_large = min((size for size, fits in tried.items() if not fits), default=None)
     if mode == "power":
         return 2 * fit if too_large is None and 2 * fit <= max_size else None
-    following = min(2 * fit, max_size) if too_large is None else (fit + too_large) // 2
-    return following if following > fit else None
+    if too_large is None:
+        return min(2 * fit, max_size) if fit < max_size else None
+    return (fit + too_large) // 2 if too_large - fit > max(1, fit // 32) else None
 
 
 class BatchSizeFinder(AccelCallback):
@@ -77,7 +78,7 @@ class BatchSizeFinder(AccelCallback):
     Args:
         min_size: The first batch size to try.
         max_size: The largest one.
-        mode: ``"power"`` doubles; ``"binsearch"`` then halves between what fits and what does not.
+        mode: ``"power"`` doubles; ``"binsearch"`` then halves between what fits and what does not, up to 1/32.
         steps_per_trial: Optimizer steps that are tried with each size, each with batches of its own. From the second on
             the optimizer's state is there all the time.
         margin: The fraction of the memory that is left free.

@@ -132,13 +132,13 @@ class SizeTrials:
         trainer, side, memory, reason = self._trainer, self._side, self._memory, ""
 
         def steps() -> None:
-            if make_optimizers is not None:
-                side.set_up(make_optimizers)
-                side.shorten_windows(2)  # more batches of a window take no more memory
             try:
                 set_up_train_data(trainer)
             except ValueError as error:  # the epoch has too few batches for a setting of the Trainer
                 raise MisconfigurationException(str(error)) from None
+            if make_optimizers is not None:
+                side.set_up(make_optimizers)
+                side.shorten_windows(2)  # more batches of a window take no more memory
             put_back.callback(set_batch_size_attribute(trainer, self._module, self._attribute, size))
             memory.begin()
             with memory.watch():
