@@ -60,10 +60,10 @@ class Alone(Digits):
             self.run_out()
 
 
-def fitted(strategy: Any, module: Any, size: int, *callbacks: Any, **settings: Any) -> dict[str, Any]:
+def fitted(strategy: Any, make: Callable[[], Any], size: int, *callbacks: Any, **settings: Any) -> dict[str, Any]:
     os.environ.update(RANK=str(RANK), LOCAL_RANK=str(RANK), WORLD_SIZE=str(WORLD))  # a finished fit removes them
     seed_everything(7, verbose=False)
-    recorder = Recorder()
+    module, recorder = make(), Recorder()
     settings = {"max_epochs": 2, "limit_val_batches": 0, "val_check_interval": None, **settings}
     trainer = make_trainer([*callbacks, recorder], strategy=strategy, devices=WORLD, **settings)
     trainer.fit(module, train_loader(batch_size=size))
@@ -73,10 +73,10 @@ def fitted(strategy: Any, module: Any, size: int, *callbacks: Any, **settings: A
 
 def found_and_configured(strategy: Callable[[], Any], where: str, folder: Path) -> Any:
     finder = BatchSizeFinder(mode="binsearch", memory_budget="1GiB", steps_per_trial=2)
-    module = Alone(where)
+    module = partial(Alone, where)
     found = fitted(strategy(), module, 8, finder, GradientAccumulation(2))
     assert finder.batch_size is not None
-    configured = fitted(strategy(), Alone(where), finder.batch_size, GradientAccumulation(2))
+    configured = fitted(strategy(), module, finder.batch_size, GradientAccumulation(2))
     results = [[str(value) for value in result.values()] for result in finder.results]
     return {"found": found, "configured": configured, "size": finder.batch_size, "results": results}
 
@@ -86,7 +86,7 @@ def counted(folder: Path) -> Any:
     peaks = []
     for strategy in ("ddp", "accel_ddp"):
         finder = BatchSizeFinder(max_size=2, memory_budget="1GiB", steps_per_trial=2)
-        fitted(strategy, Digits(scheduler=None), 8, finder, limit_train_batches=1, max_epochs=1)
+        fitted(strategy, partial(Digits, scheduler=None), 8, finder, limit_train_batches=1, max_epochs=1)
         peaks.append(finder.results[-1]["peak"])
     return peaks
 
