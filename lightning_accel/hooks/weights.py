@@ -69,6 +69,7 @@ class WindowWeights:
         self.reference = 0.0
         self.counted: Tensor = torch.tensor(0)
         self.count: Tensor | None = None
+        self._is_counted = False  # whether it is part of N: a batch may go backward several times
 
     def take(self, trainer: Trainer, count: Tensor, *, first: bool) -> None:
         """Take in the count of a micro-batch that is about to run; a collective operation where there is no R yet.
@@ -78,7 +79,7 @@ class WindowWeights:
             count: Its count, on its own device.
             first: Whether it is the first of its window.
         """
-        self.count = count
+        self.count, self._is_counted = count, False
         if first:
             self.counted = torch.zeros_like(count)
             # One rank shares it with none: a window of one micro-batch then is that batch, bit for bit
@@ -88,7 +89,9 @@ class WindowWeights:
     def weigh(self, loss: Tensor) -> Tensor:
         """The loss of the micro-batch with its weight; its count is now part of the window's."""
         assert self.count is not None
-        self.counted = self.counted.to(self.count.device) + self.count
+        if not self._is_counted:
+            self.counted = self.counted.to(self.count.device) + self.count
+        self._is_counted = True
         weight = self.count.to(torch.promote_types(loss.dtype, torch.float32)) / self.reference
         return loss * weight.to(loss.device)
 
