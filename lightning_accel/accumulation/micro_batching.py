@@ -166,7 +166,9 @@ class MicroBatching(AccelCallback):
     ) -> Any:
         attempts, batch = self._attempts, kwargs["batch"]
         fixed = [] if attempts is not None else self._split(trainer, batch, self._fixed)
-        if len(fixed) == 1 and fixed[0].batch is batch:
+        # What a rank that splits its batch logs is exchanged after its backward; one that does not must do the same
+        in_step = trainer.world_size == 1 or self._together
+        if in_step and len(fixed) == 1 and fixed[0].batch is batch:
             return original(kwargs, optimizer, batch_idx)
 
         def run() -> tuple[Tensor | None, dict[str, Any]]:

@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
 from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.memory import recursive_detach
 from torch import Tensor
 from torch.nn import SyncBatchNorm
@@ -100,7 +100,7 @@ class MicroStep:
             ready: Called when gradients are zeroed, or are to be added to, before the first backward.
 
         Returns:
-            What Lightning makes of what the step returned for each, without graphs. It knows no weights.
+            What Lightning makes of what the step returned for each; of several, without graphs. It knows no weights.
         """
         results: list[ClosureResult] = []
         with self.logs.held():
@@ -108,7 +108,10 @@ class MicroStep:
                 self.logs.part = number
                 block = self.reduces and (number + 1 < len(parts) or not reduce)
                 with _block_parallel_sync_behavior(self._trainer.strategy, block=block):
-                    results.append(self._run(part, ready if number == 0 else None))
+                    result = self._run(part, ready if number == 0 else None)
+                if len(parts) > 1:
+                    result.extra = recursive_detach(result.extra)
+                results.append(result)
             if not parts:
                 self._zero()
         return results
@@ -121,7 +124,6 @@ class MicroStep:
         if self._backward is not None and result.closure_loss is not None:
             self._backward(result.closure_loss if part.weight == 1 else result.closure_loss * part.weight)
         result.closure_loss = None
-        result.extra = recursive_detach(result.extra)
         return result
 
     def _zero(self) -> None:
@@ -135,7 +137,8 @@ def steps_together(trainer: Trainer) -> bool:
     if trainer.world_size == 1:
         return False
     model: Any = trainer.model
-    return not isinstance(trainer.strategy, DDPStrategy) or any(isinstance(m, SyncBatchNorm) for m in model.modules())
+    is_ddp = isinstance(model, DistributedDataParallel)
+    return not is_ddp or any(isinstance(layer, SyncBatchNorm) for layer in model.modules())
 
 
 def why_not_auto(trainer: Trainer) -> str:
@@ -145,13 +148,14 @@ def why_not_auto(trainer: Trainer) -> str:
         trainer: The Trainer, before or after its strategy has set up the model.
     """
     strategy, way_out = trainer.strategy, "Set `size` to a number: see how many samples fit, and take a few less."
-    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+    has_ddp = isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)  # a subclass
+    if not has_ddp and not isinstance(strategy, SingleDeviceStrategy):
         return (
             f"can't work with {type(strategy).__name__}: its forward and backward have collective operations inside, "
             f"so that the other ranks would wait for the one whose memory ran out. {way_out}"
         )
     if not isinstance(strategy, DDPStrategy) or trainer.world_size == 1:
-        return ""
+        return ""  # one rank waits for none
     model: Any = trainer.model
     layers = () if model is None else model.modules()
     if any(isinstance(layer, SyncBatchNorm) for layer in layers) or getattr(strategy, "_layer_sync", None) is not None:
