@@ -9,6 +9,7 @@ from lightning_accel.strategies.registry import register_strategies
 
 if TYPE_CHECKING:
     from lightning_accel.accumulation.gradient_accumulation import GradientAccumulation
+    from lightning_accel.accumulation.micro_batching import MicroBatching
     from lightning_accel.accumulation.noise_scale import NoiseScaleAccumulation
     from lightning_accel.augment.batch_augmentation import BatchAugmentation
     from lightning_accel.augment.label_smoothing import LabelSmoothing
@@ -50,6 +51,7 @@ __all__ = [
     "LabelSmoothing",
     "LearningRateFinder",
     "LowBitOptimizer",
+    "MicroBatching",
     "Muon",
     "NoEffectWarning",
     "NoiseScaleAccumulation",
@@ -75,6 +77,7 @@ _HOME = {
     "LabelSmoothing": "augment.label_smoothing",
     "LearningRateFinder": "tuning.learning_rate_finder",
     "LowBitOptimizer": "optimizers.low_bit",
+    "MicroBatching": "accumulation.micro_batching",
     "Muon": "optimizers.muon",
     "NoEffectWarning": "errors",
     "NoiseScaleAccumulation": "accumulation.noise_scale",

@@ -96,12 +96,12 @@ class StepLogs:
                 step_value = weighted_mean([call.step_value for call in counted], own)
                 self._results[f"{fx}.{name}"]._forward_cache = step_value
             return
-        values, given = [call.value for call in counted], [call.arguments.get("batch_size") for call in counted]
-        if len(counted) > 1 and None not in given:
-            sizes = [int(size) for size in given]  # type: ignore[arg-type]
+        if len(counted) > 1 and all(call.arguments.get("batch_size") is not None for call in counted):
+            counted = [call for call in counted if int(call.arguments["batch_size"])] or counted[:1]
+            sizes = [int(call.arguments["batch_size"]) for call in counted]
             arguments["batch_size"] = size = size_to_log(sizes, [samples[call.part] for call in counted])
-            own = own if size == sizes[0] else [float(size) for size in sizes]
-        value = _reduced(values, own, arguments.get("reduce_fx", "mean"))
+            own = [weights[call.part] for call in counted] if size == sizes[0] else list(map(float, sizes))
+        value = _reduced([call.value for call in counted], own, arguments.get("reduce_fx", "mean"))
         if not any(own):  # nothing counts in the batch: it adds nothing to a mean over batches
             arguments["batch_size"], value = 0, torch.zeros_like(value)
         self._results.log(fx, name, value, **arguments)
@@ -115,14 +115,18 @@ def size_to_log(given: Sequence[int], samples: Sequence[int]) -> int:
         samples: How many samples each has.
 
     Returns:
-        Their sum; but once, what is the same everywhere and no count of what is in a micro-batch.
+        Their sum; but a constant once, such as the loader's batch size: what is the same in all, not below the number
+        of samples in the batch, and not that many times the samples of a micro-batch.
 
     Example:
         >>> size_to_log([4, 4, 2], samples=[4, 4, 2]), size_to_log([32, 32, 32], samples=[4, 4, 2])
         (10, 32)
     """
     first = given[0]
-    constant = len(set(given)) == 1 and (len(set(samples)) > 1 or first == sum(samples) or first % samples[0] != 0)
+    whole = sum(samples)
+    constant = (
+        len(set(given)) == 1 and first >= whole and (len(set(samples)) > 1 or first == whole or first % samples[0])
+    )
     return first if constant else sum(given)
 
 

@@ -59,10 +59,10 @@ class Net(LightningModule):
     def loss(self, batch: Any) -> Tensor:
         return (self(batch[0]) - batch[1]).square().mean()
 
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
+    def training_step(self, batch: Any, batch_idx: int, scale: float = 1.0) -> Any:
         self.calls += 1
         self.seen["samples"] += [round(100 * float(x)) for x in batch[0][:, -1]]
-        output = self(batch[0])
+        output = self(batch[0] * scale)
         self.run_short(output, batch, batch_idx)
         loss = (output - batch[1]).square().mean()
         self.log("loss", loss, on_step=True, on_epoch=True)
@@ -74,7 +74,7 @@ class Net(LightningModule):
             return
         if shortage.batches is not None and batch_idx not in shortage.batches:
             return
-        if shortage.last and not bool((batch[0][-1] == self.last_of_batch).all()):
+        if shortage.last and not torch.equal(batch[0][-1], self.last_of_batch):
             return
 
         def fail(_: Any) -> None:
@@ -105,6 +105,7 @@ class Watch(Callback):
         self.logged: list[float] = []
         self.hooks: dict[str, int] = {}
         self.shapes: list[list[int]] = []
+        self._size: int | None = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set the size of this batch from the start, where sizes are given."""
@@ -112,7 +113,7 @@ class Watch(Callback):
             micro(trainer)._attempts.sizes.size = self.given[len(self.sizes)]  # type: ignore[union-attr]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
-        self.sizes.append(micro(trainer).size if micro(trainer) else None)
+        self.sizes.append(self._size)
         self.losses.append(float(outputs["loss"]))
         self.shapes.append(list(outputs["output"].shape))
         self.logged.append(float(trainer.callback_metrics["loss_step"]))
@@ -129,8 +130,9 @@ class Watch(Callback):
     def on_before_backward(self, *_: Any) -> None:
         self.count("before_backward")
 
-    def on_after_backward(self, *_: Any) -> None:
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.count("after_backward")
+        self._size = micro(trainer).size if micro(trainer) else None  # the last time is that of the step that is kept
 
 
 def micro(trainer: Trainer) -> Any:
