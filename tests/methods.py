@@ -97,6 +97,7 @@ def with_keys(spec: Spec, keys: tuple[str, str] | None) -> Spec:
 
 
 MANUAL_ACCUMULATION = "GradientAccumulation can't work with manual optimization.*set `automatic_optimization = True`"
+MANUAL_MICRO = "MicroBatching can't work with manual optimization.*set `automatic_optimization = True`"
 TRAINER_ACCUMULATION = "remove `accumulate_grad_batches` from the Trainer"
 
 NO_BLOCKS = dict.fromkeys(
@@ -119,6 +120,11 @@ NO_RANKING = {
     "zero3": "GradualPruning can't work with ZeROStrategy at stage 3: it shards the weights.*Stages 1 and 2 work too",
     "fsdp2": "GradualPruning can't work with FullyShardStrategy: it shards the weights",
 }
+
+NO_AUTO = dict.fromkeys(
+    ("zero1", "zero2", "zero3", "fsdp2"),
+    r"MicroBatching\(size='auto'\) can't work with .*: its forward and backward have collective operations inside",
+)
 
 FLIP = use("augment.RandomHorizontalFlip")
 CROP = use("augment.RandomCrop", size=8, padding=1)
@@ -189,6 +195,39 @@ METHODS = [
             ({"shrink": 1}, TypeError, "shrink"),
             ({"scale_lr": "cubic"}, ValueError, "scale_lr"),
         ),
+    ),
+    Method(
+        "MicroBatching",
+        [use("MicroBatching", size=3)],
+        neutral=[use("MicroBatching", size=1000)],
+        neutral_warning="MicroBatching has no effect",
+        manual=MANUAL_MICRO,
+        bad=(
+            ({"size": 0}, ValueError, "size"),
+            ({"size": "half"}, TypeError, "size"),
+            ({"size": 2.0}, TypeError, "size"),
+            ({"size": True}, TypeError, "size"),
+            ({"weight_by": "batches"}, ValueError, "weight_by"),
+            ({"weight_by": "tokens"}, ValueError, "count_key"),
+            ({"count_key": "labels"}, ValueError, "count_key"),
+            ({"count_key": 1.5}, TypeError, "count_key"),
+            ({"ignore_index": 0.5}, TypeError, "ignore_index"),
+            ({"shared_keys": "mask"}, TypeError, "shared_keys"),
+            ({"list_keys": [1.5]}, TypeError, "list_keys"),
+            ({"grow_after": 0}, ValueError, "grow_after"),
+            ({"size": 2, "grow_after": 3}, ValueError, "grow_after"),
+            ({"memory_budget": "2 bananas"}, ValueError, "memory_budget"),
+            ({"memory_budget": 1.5}, TypeError, "memory_budget"),
+            ({"size": 2, "memory_budget": "2GiB"}, ValueError, "memory_budget"),
+        ),
+    ),
+    Method(
+        "MicroBatching auto",
+        [use("MicroBatching", memory_budget="90KB", grow_after=5)],
+        neutral=[use("MicroBatching", size=1000)],
+        neutral_warning="MicroBatching has no effect",
+        manual=MANUAL_MICRO,
+        refused=NO_AUTO,
     ),
     Method(
         "BatchAugmentation",

@@ -28,7 +28,15 @@ from lightning_accel.accumulation.counting import count_batch
 from lightning_accel.accumulation.splitting import combine_outputs, micro_sizes, samples_of, split_batch
 from lightning_accel.errors import check_bytes, check_choice, check_int
 from lightning_accel.hooks import AccelCallback, Contract, trainer_callbacks
-from lightning_accel.hooks.micro import MicroBatch, MicroStep, SplitClosure, check_model, steps_together, why_not_auto
+from lightning_accel.hooks.micro import (
+    MicroBatch,
+    MicroStep,
+    SplitClosure,
+    check_model,
+    replace_closures,
+    steps_together,
+    why_not_auto,
+)
 from lightning_accel.hooks.reduction import largest_over_ranks
 from lightning_accel.hooks.tensors import weighted_mean
 
@@ -151,8 +159,7 @@ class MicroBatching(AccelCallback):
             if reason := why_not_auto(trainer):
                 raise MisconfigurationException(f"{name}(size='auto') {reason}")
             self.on_undo(self._attempts.limit_device(trainer.strategy.root_device))
-        loop = trainer.fit_loop.epoch_loop.automatic_optimization
-        self.patch(loop, "_make_closure", partial(self._make_closure, trainer))
+        replace_closures(self, trainer, partial(self._make_closure, trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See what the strategy made of the model."""

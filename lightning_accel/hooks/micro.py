@@ -18,6 +18,7 @@ from torch.nn import SyncBatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lightning_accel.hooks.callback import AccelCallback
 from lightning_accel.hooks.reduction import GradientReducer
 from lightning_accel.hooks.step_logs import StepLogs
 
@@ -27,6 +28,7 @@ __all__ = [
     "SplitClosure",
     "check_model",
     "reducer_of",
+    "replace_closures",
     "steps_together",
     "why_not_auto",
 ]
@@ -130,6 +132,11 @@ class MicroStep:
         function, self._zero_grad = self._zero_grad, None
         if function is not None:
             function()
+
+
+def replace_closures(callback: AccelCallback, trainer: Trainer, make: Callable[..., Any]) -> None:
+    """Let ``make(original, kwargs, optimizer, batch_idx)`` make the closure of each batch, until the fit is over."""
+    callback.patch(trainer.fit_loop.epoch_loop.automatic_optimization, "_make_closure", make)
 
 
 def steps_together(trainer: Trainer) -> bool:

@@ -391,7 +391,8 @@ class Classifier(LightningModule):
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(1)
-            self.net = nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
+            conv, head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(64, 5)
+        self.net = nn.Sequential(conv, nn.Tanh(), nn.Flatten(), head)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
@@ -414,7 +415,7 @@ def test_augmented_batches_are_split_with_their_targets(size: Any) -> None:
         fit(module, augmentation, LabelSmoothing(0.1), *callbacks, data=DataLoader(data, batch_size=8), max_epochs=2)
         return weights(module)
 
-    micro = MicroBatching(size, **({"memory_budget": 1150} if size == "auto" else {}))
+    micro = MicroBatching(size, **({"memory_budget": "6KiB"} if size == "auto" else {}))
     torch.testing.assert_close(trained(micro), trained(), rtol=1e-5, atol=1e-6)
     assert micro.size is not None and micro.size < 8
 
