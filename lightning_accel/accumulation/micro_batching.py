@@ -90,6 +90,7 @@ class MicroBatching(AccelCallback):
             "accel_zero2, accel_zero3), which leaves them to the Trainer.",
             "OptimizerInBackward": "it steps inside the backward, before the gradients of all micro-batches have been "
             "added up. Remove one of them.",
+            "SAM": "its second pass takes the whole batch at once. Use GradientAccumulation, with smaller batches.",
         },
         accepts=frozenset({"ZeROStrategy"}),
     )

@@ -39,9 +39,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
     """Counts the bytes that operations make and that are still there, while this context is entered.
 
     Every operation is seen as it runs, those of the backward pass as well, and each storage that it made is counted
-    until it is let go of. It works on any device. What one operation allocates and frees inside itself is not seen. A
-    compiled function runs as it was before it was compiled, and what is called here for the first time goes on so until
-    ``torch.compiler.reset()``.
+    until it is let go of. It works on any device. What one operation allocates and frees inside itself is not seen, nor
+    what a compiled graph does: it is counted when it comes out.
 
     Args:
         limit: Bytes that may be there at a time; an operation that makes more raises ``torch.OutOfMemoryError``. None:
@@ -81,6 +80,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
         if self.limit is not None and self.now > self.limit:
             raise torch.OutOfMemoryError(f"out of memory: {self.now:,} bytes are in use, and {self.limit:,} allowed.")
         return out
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Whether ``torch.compile`` goes on compiling while this is entered; without it, it would run eagerly."""
+        return True
 
     def add(self, tensor: Tensor) -> bool:
         """Count the memory behind a tensor, once, until it is gone; return whether it is counted now first."""

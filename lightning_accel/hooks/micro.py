@@ -171,10 +171,9 @@ def why_not_auto(trainer: Trainer) -> str:
             f"the one whose memory ran out. {way_out} Or use GroupNorm."
         )
     if strategy._ddp_comm_hook is not None or getattr(model, "_comm_hooks", None):
-        return (
-            "can't work with a communication hook of DDP: it reduces gradients after the step, by itself. "
-            f"{way_out} Or remove the hook."
-        )
+        return f"can't work with a communication hook of DDP: it reduces gradients by itself. {way_out}"
+    if strategy._ddp_kwargs.get("mixed_precision") is not None:
+        return f"can't work with DDP's own mixed precision: it reduces gradients in the backward. {way_out}"
     return ""
 
 

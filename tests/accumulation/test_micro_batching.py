@@ -19,18 +19,19 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import BinaryAccuracy
 
 from lightning_accel import (
+    SAM,
     BatchAugmentation,
     GradientAccumulation,
     LabelSmoothing,
     MicroBatching,
     NoEffectWarning,
     NoiseScaleAccumulation,
+    OptimizerInBackward,
 )
 from lightning_accel.augment import CutMix, MixUp
-from lightning_accel.hooks import AccelCallback
 from tests.accumulation import text
 from tests.accumulation.micro import Net, Shortage, Watch, samples, weights
-from tests.hooks.common import At, Stop, Tiny, callback_class, fit, none_at, stream
+from tests.hooks.common import At, Stop, Tiny, fit, none_at, stream
 
 BATCH, COUNT = 8, 29  # three batches of 8, and one of 5
 
@@ -466,10 +467,10 @@ def test_what_it_cannot_work_with() -> None:
         def training_step(self, dataloader_iter: Any) -> Any:
             return None
 
-    other: type[AccelCallback] = callback_class("OptimizerInBackward")
     for match, module, callbacks in (
         ("takes a `dataloader_iter`", Fetching(), []),
-        ("can't work with OptimizerInBackward: it steps inside the backward", Net(), [other()]),
+        ("can't work with OptimizerInBackward: it", Net(), [OptimizerInBackward()]),
+        ("can't work with SAM: its second pass takes the whole batch", Net(), [SAM()]),
         ("MicroBatching is in the Trainer's callbacks twice", Net(), [MicroBatching(2)]),
     ):
         with pytest.raises(MisconfigurationException, match=match):

@@ -14,7 +14,7 @@ from tests.conformance.toy import Digits, DigitsData, assert_same_training, make
 from tests.methods import Method
 
 # Says how the training went or has addresses in it: not how the objects are set up.
-COUNTERS = {"_batches_that_stepped", "_metric_attributes"}
+COUNTERS = {"_batches_that_stepped", "_metric_attributes", "_update_count"}
 
 
 class Boom(Exception):

@@ -28,6 +28,17 @@ def test_what_lives_is_counted_once_and_until_it_is_gone() -> None:
     assert live.peak == 64
 
 
+def test_what_is_compiled_stays_compiled() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled, x = torch.compile(lambda x: (x * 2).exp(), backend="eager"), torch.ones(16)
+    with LiveBytes() as live:
+        y = compiled(x)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert live.now == y.nbytes
+    torch._dynamo.reset()
+
+
 def test_known_tensors_are_not_counted() -> None:
     x = torch.ones(16)
     with LiveBytes(known=[x]) as live:
