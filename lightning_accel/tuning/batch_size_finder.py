@@ -227,7 +227,7 @@ class BatchSizeFinder(AccelCallback):
         finally:
             self._trials = None
         if "torch._dynamo" in sys.modules:
-            torch.compiler.reset()  # functions compiled for other sizes, or called uncompiled under `memory.watch`
+            torch.compiler.reset()  # functions compiled for other sizes
         self.batch_size = max((result["batch_size"] for result in self.results if result["fits"]), default=None)
         self._report(trainer, memory, trials)
 
