@@ -1,6 +1,6 @@
 """What SAM costs a step, and what it gains on real images, against the plain run and one of twice the length.
 
-python benchmarks/bench_sam.py [--quick] [--seeds 5] [--epochs 40]
+python benchmarks/bench_sam.py [--quick] [--part gain] [--seeds 5] [--epochs 40]
 
 The step: whole fits in threads that take turns; the CPU time of a batch, one thread. The accuracy: the example's
 unedited module and data, on 500 images; a seed decides the images, the initial weights and the order of the data, the
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import logging
 import random
-import time
 import warnings
 from collections.abc import Callable
 
@@ -47,7 +46,7 @@ GAINS: dict[str, tuple[Make, int]] = {
 """The callbacks, and the factor of the number of epochs."""
 
 
-def steps(name: str, rounds: int, batches: int = 10) -> str:
+def cost(name: str, rounds: int, batches: int = 10) -> str:
     """A table of the CPU time of a batch."""
     total = (rounds + 3) * batches + 1  # never reached: the threads end with the process
     sides = {side: Side(make(), *MODULES[name], batches, total) for side, make in COSTS.items()}
@@ -61,9 +60,31 @@ def steps(name: str, rounds: int, batches: int = 10) -> str:
     return table(count(name), compare(seconds))
 
 
+def gains(seeds: int, images: int, epochs: int) -> str:
+    """A table of the accuracy on held-out images."""
+    data = ImageData(val_images=5000)
+    data.setup("fit")
+    found: dict[str, list[float]] = {name: [] for name in GAINS}
+    for seed in range(seeds):
+        for name, (make, longer) in GAINS.items():
+            found[name].append(accuracy(data, make(), seed, images, longer * epochs))
+    numbers = f"{images} images to train with, {len(data.val)} to test with, {epochs} epochs, {seeds} seeds"
+    lines = [
+        f"{data.name}: {numbers}\n",
+        "| | accuracy, % (95% interval) | against plain, by seed | |\n| --- | ---: | ---: | --- |",
+    ]
+    for name, values in found.items():
+        change = None if name == "plain" else difference(found["plain"], values)
+        lines.append(
+            f"| {name} | {show(mean(values))} | {show(change, '+')} | {compute_verdict(change, 0, 'higher')} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few rounds, and 2 seeds of 2 epochs")
+    parser.add_argument("--part", choices=["cost", "gain"], help="one of them alone")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--images", type=int, default=500)
@@ -72,22 +93,11 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     print(environment())
+    if options.part != "cost":
+        print(f"\n{gains(seeds, options.images, epochs)}", flush=True)
     for name, rounds in (("medium", 100), ("large", 20)):
-        print(f"\n{steps(name, 2 if options.quick else rounds)}", flush=True)
-
-    data = ImageData(val_images=5000)
-    data.setup("fit")
-    found: dict[str, list[float]] = {name: [] for name in GAINS}
-    began = time.perf_counter()
-    for seed in range(seeds):
-        for name, (make, longer) in GAINS.items():
-            found[name].append(accuracy(data, make(), seed, options.images, longer * epochs))
-    numbers = f"{options.images} images to train with, {len(data.val)} to test with, {epochs} epochs, {seeds} seeds"
-    print(f"\n{data.name}: {numbers}, {time.perf_counter() - began:.0f} s\n")
-    print("| | accuracy, % (95% interval) | against plain, by seed | |\n| --- | ---: | ---: | --- |")
-    for name, values in found.items():
-        change = None if name == "plain" else difference(found["plain"], values)
-        print(f"| {name} | {show(mean(values))} | {show(change, '+')} | {compute_verdict(change, 0, 'higher')} |")
+        if options.part != "gain":
+            print(f"\n{cost(name, 2 if options.quick else rounds)}", flush=True)
 
 
 if __name__ == "__main__":
