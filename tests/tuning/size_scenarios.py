@@ -16,6 +16,8 @@ import torch.distributed as dist
 from lightning.pytorch import seed_everything
 
 from lightning_accel.accumulation.gradient_accumulation import GradientAccumulation
+from lightning_accel.durability.exact_resume import ExactResume
+from lightning_accel.optimizers.in_backward import OptimizerInBackward
 from lightning_accel.strategies.zero_redundancy import ZeroRedundancyStrategy
 from lightning_accel.tuning.batch_size_finder import BatchSizeFinder
 from tests.conformance.toy import Digits, Recorder, make_trainer, train_loader
@@ -71,12 +73,12 @@ def fitted(strategy: Any, make: Callable[[], Any], size: int, *callbacks: Any, *
     return {"weights": weights, "losses": list(recorder.trace.values()), "steps": trainer.global_step}
 
 
-def found_and_configured(strategy: Callable[[], Any], where: str, folder: Path) -> Any:
+def found_and_configured(strategy: Callable[[], Any], where: str, other: Callable[[], Any], folder: Path) -> Any:
     finder = BatchSizeFinder(mode="binsearch", memory_budget="1GiB", steps_per_trial=2)
     module = partial(Alone, where)
-    found = fitted(strategy(), module, 8, finder, GradientAccumulation(2))
+    found = fitted(strategy(), module, 8, finder, other())
     assert finder.batch_size is not None
-    configured = fitted(strategy(), module, finder.batch_size, GradientAccumulation(2))
+    configured = fitted(strategy(), module, finder.batch_size, other())
     results = [[str(value) for value in result.values()] for result in finder.results]
     return {"found": found, "configured": configured, "size": finder.batch_size, "results": results}
 
@@ -92,10 +94,11 @@ def counted(folder: Path) -> Any:
 
 
 SCENARIOS: dict[str, Callable[[Path], Any]] = {
-    "forward": partial(found_and_configured, lambda: "ddp", "forward"),
-    "backward": partial(found_and_configured, lambda: "accel_ddp", "backward"),
-    "step": partial(found_and_configured, lambda: "ddp", "step"),
-    "zero redundancy": partial(found_and_configured, ZeroRedundancyStrategy, "backward"),
+    "forward": partial(found_and_configured, lambda: "ddp", "forward", partial(GradientAccumulation, 2)),
+    "backward": partial(found_and_configured, lambda: "accel_ddp", "backward", ExactResume),
+    "step": partial(found_and_configured, lambda: "ddp", "step", partial(GradientAccumulation, 2)),
+    "zero redundancy": partial(found_and_configured, ZeroRedundancyStrategy, "backward", ExactResume),
+    "collectives in the backward": partial(found_and_configured, lambda: "ddp", "backward", OptimizerInBackward),
     "counted": counted,
 }
 

@@ -269,6 +269,9 @@ ROWS: dict[str, tuple[list[Any], dict[str, Any]]] = {
     "a stream": ([], {"train": sized_stream}),
     "loaded again every epoch": ([], {"reload_dataloaders_every_n_epochs": 1}),
     "windows of the Trainer": ([], {"accumulate_grad_batches": 2}),
+    "SAM": ([use("SAM")], {}),
+    "OptimizerInBackward": ([use("OptimizerInBackward")], {}),
+    "ScheduleFree": ([use("ScheduleFree", schedulers="keep", batch_norm_batches=2)], {}),
     "windows by samples": ([use("GradientAccumulation", target_batch_size=24)], {}),
 }
 
