@@ -17,9 +17,10 @@ from torch.optim import Optimizer
 from lightning_accel.accumulation.auto_size import AutoSize
 from lightning_accel.hooks.memory import LiveBytes, is_out_of_memory
 from lightning_accel.hooks.micro import MicroBatch, MicroStep, reducer_of, why_not_auto
-from lightning_accel.hooks.reduction import GradientReducer, largest_over_ranks
+from lightning_accel.hooks.reduction import GradientReducer
 from lightning_accel.hooks.step_state import StepState
 from lightning_accel.hooks.tensors import tensors_in
+from lightning_accel.hooks.weights import largest_over_ranks
 
 __all__ = ["Attempts"]
 

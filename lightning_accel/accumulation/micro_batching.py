@@ -37,8 +37,8 @@ from lightning_accel.hooks.micro import (
     steps_together,
     why_not_auto,
 )
-from lightning_accel.hooks.reduction import largest_over_ranks
 from lightning_accel.hooks.tensors import weighted_mean
+from lightning_accel.hooks.weights import largest_over_ranks
 
 __all__ = ["MicroBatching"]
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_accel.hooks.weights import max_over_ranks
+from lightning_accel.hooks.weights import largest_over_ranks
 
 __all__ = ["run_in_lockstep"]
 
@@ -48,7 +47,7 @@ def run_in_lockstep(trainer: Trainer, function: Callable[[], Any], name_failure:
 
 
 def _agree(trainer: Trainer, failure: int) -> int:
-    return int(max_over_ranks(trainer, torch.tensor(failure)))
+    return largest_over_ranks(trainer, [failure])[0]
 
 
 class _OtherRankFailed(BaseException):  # or Lightning, which takes in what happens as it shares signals, would keep it
@@ -70,3 +69,8 @@ class _Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
         if func.namespace in _COLLECTIVES and (failure := _agree(self._trainer, 0)):
             raise _OtherRankFailed(failure)
         return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Whether what is compiled runs compiled in this context."""
+        return True

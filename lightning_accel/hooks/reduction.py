@@ -10,23 +10,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["GradientReducer", "largest_over_ranks"]
+__all__ = ["GradientReducer"]
 
 _BUCKET = 25 * 2**20  # bytes, as DDP's
 _DENSE, _SPARSE = 1, 2
-
-
-def largest_over_ranks(trainer: Trainer, values: Sequence[int]) -> list[int]:
-    """Of each number the largest that any rank has; a collective operation."""
-    if trainer.world_size == 1:
-        return list(values)
-    found = torch.tensor(values, device=trainer.strategy.root_device)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return found.tolist()
 
 
 class GradientReducer:

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_accel.hooks.batch_size import batch_size_of
 from lightning_accel.hooks.data import train_loaders
 
-__all__ = ["WindowWeights", "max_over_ranks", "samples_of_a_batch", "sum_over_ranks"]
+__all__ = ["WindowWeights", "largest_over_ranks", "samples_of_a_batch", "sum_over_ranks"]
 
 
 def sum_over_ranks(trainer: Trainer, value: Tensor) -> Tensor:
     """The sum of a tensor over all ranks; a collective operation."""
-    return _reduce(trainer, value, "sum")
-
-
-def max_over_ranks(trainer: Trainer, value: Tensor) -> Tensor:
-    """The largest of each element of a tensor over all ranks; a collective operation."""
-    return _reduce(trainer, value, "max")
-
-
-def _reduce(trainer: Trainer, value: Tensor, operation: str) -> Tensor:
     if trainer.world_size == 1:
         return value
     total = value.detach().clone().to(trainer.strategy.root_device)
-    reduced: Tensor = trainer.strategy.reduce(total, reduce_op=operation)
+    reduced: Tensor = trainer.strategy.reduce(total, reduce_op="sum")
     return reduced
+
+
+def largest_over_ranks(trainer: Trainer, values: Sequence[int]) -> list[int]:
+    """Of each number the largest that any rank has; a collective operation."""
+    if trainer.world_size == 1:
+        return list(values)
+    found = torch.tensor(values, device=trainer.strategy.root_device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return found.tolist()
 
 
 def samples_of_a_batch(trainer: Trainer, *, agree: bool) -> int | None:

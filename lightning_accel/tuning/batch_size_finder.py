@@ -227,7 +227,7 @@ class BatchSizeFinder(AccelCallback):
         finally:
             self._trials = None
         if "torch._dynamo" in sys.modules:
-            torch.compiler.reset()  # functions compiled for other sizes
+            torch.compiler.reset()  # or functions that saw several sizes would keep graphs for any size
         self.batch_size = max((result["batch_size"] for result in self.results if result["fits"]), default=None)
         self._report(trainer, memory, trials)
 

@@ -26,7 +26,7 @@ from lightning_accel.hooks.batch_size import (
 from lightning_accel.hooks.lockstep import run_in_lockstep
 from lightning_accel.hooks.memory import is_out_of_memory
 from lightning_accel.hooks.trial import Trial, trial
-from lightning_accel.hooks.weights import max_over_ranks
+from lightning_accel.hooks.weights import largest_over_ranks
 from lightning_accel.tuning.peak_memory import CountedMemory, CudaMemory
 
 __all__ = ["SizeTrials"]
@@ -161,7 +161,7 @@ class SizeTrials:
         self._size = size
         with ExitStack() as put_back:
             failure = run_in_lockstep(trainer, steps, name_failure)
-        peak, fewest = max_over_ranks(trainer, torch.tensor([memory.peak, -self.samples])).tolist()
+        peak, fewest = largest_over_ranks(trainer, [memory.peak, -self.samples])
         self.samples = -fewest
         if failure and not reason:
             reason = f"{'out of memory' if failure == _OUT_OF_MEMORY else 'refused'} on another rank"

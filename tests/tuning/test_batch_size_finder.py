@@ -358,7 +358,7 @@ def test_a_learning_rate_is_found_for_the_size_that_was_found() -> None:
 
 
 def test_what_is_compiled_is_compiled_in_the_fit() -> None:
-    """Functions are called as they are under the watch on memory, and dynamo would leave them so."""
+    """Anew, for its size: after several sizes dynamo would go on with a graph for any."""
     sizes: list[int] = []
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -377,7 +377,7 @@ def test_what_is_compiled_is_compiled_in_the_fit() -> None:
         toy.run([finder()], Compiled, limit_train_batches=2, limit_val_batches=0, val_check_interval=None)
     finally:
         torch._dynamo.reset()
-    assert sizes == [8]
+    assert sizes == [2, 4, 8, 16, 8]
 
 
 # -------------------------------------------------------------------------------------------------------------- bounds
