@@ -35,6 +35,7 @@ from lightning_accel import (
     GradualPruning,
     LabelSmoothing,
     LowBitOptimizer,
+    MicroBatching,
 )
 from lightning_accel.augment import MixUp
 
@@ -45,6 +46,8 @@ SIDES: dict[str, Callable[[], list[Callback]]] = {
     "BatchAugmentation (MixUp(alpha=0))": lambda: [BatchAugmentation([MixUp(alpha=0.0)])],
     "LabelSmoothing(0)": lambda: [LabelSmoothing(0.0)],
     "GradientAccumulation(1)": lambda: [GradientAccumulation(1)],
+    "MicroBatching(32), of batches of 32": lambda: [MicroBatching(32)],
+    "MicroBatching(), auto": lambda: [MicroBatching()],
     "GradualPruning(0)": lambda: [GradualPruning(0.0)],
     "FusedOptimizer(enabled=False)": lambda: [FusedOptimizer(enabled=False)],
     "LowBitOptimizer (all below min_size)": lambda: [LowBitOptimizer(min_size=10**9)],
