@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveragin
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_accel.accumulation.gradient_accumulation import GradientAccumulation
+from lightning_accel.accumulation.micro_batching import MicroBatching
 from lightning_accel.cli.lightning_commands import AccelCLI
 from lightning_accel.cli.usage import UsageError
 from lightning_accel.hooks.optimizers import OptimizerTransform
@@ -130,7 +131,7 @@ def plan_config(
     in_backward = [callback for callback in active if isinstance(callback, OptimizerInBackward)]
     transforms = tuple(item for item in active if isinstance(item, OptimizerTransform) and item not in in_backward)
     accumulates = cli.options.get("accumulate_grad_batches", 1) > 1 or any(
-        isinstance(callback, GradientAccumulation) for callback in active
+        isinstance(callback, (GradientAccumulation, MicroBatching)) for callback in active
     )
     if (options.devices * options.nodes) % cli.settings.replicas:
         raise UsageError(f"{cli.settings.replicas} replicas can't share {options.devices * options.nodes} devices.")
@@ -171,6 +172,7 @@ def _step(cli: PlanCLI, options: argparse.Namespace, batch: Any) -> FakeStep:
             mode=cli.mode,
             precision=cli.precision,
             batch_size=options.batch_size,
+            most=sum(item.size or 0 for item in cli.callbacks if isinstance(item, MicroBatching)),  # one at most
             states_only=options.states_only,
             callbacks=[callback for callback in cli.callbacks if isinstance(callback, BaseFinetuning)],
             trainer_options=cli.options,
@@ -204,6 +206,11 @@ def _notes(cli: PlanCLI, failure: str, states_only: bool, model: Model) -> Itera
     for low_bit in (callback for callback in cli.callbacks if isinstance(callback, LowBitOptimizer)):
         where = "DDP and FSDP2" if takes_fsdp2(low_bit) else "DDP alone"
         yield f"LowBitOptimizer counts under {where}; leave it out for the other strategies."
+    if any(isinstance(callback, MicroBatching) and callback.size is None for callback in cli.callbacks):
+        yield (
+            "MicroBatching learns its size where memory runs out, which is not known here: the activations are those of "
+            "whole batches. Give it a `size`, or --batch-size here."
+        )
     if model.casts:
         yield (
             "Activations include the low-precision copies of the parameters that autocast keeps until the backward "

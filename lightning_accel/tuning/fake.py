@@ -117,16 +117,23 @@ class _FakeStrategy(SingleDeviceStrategy):
         mode: Of the fake tensors.
         dtype: What the module's parameters are cast to.
         batch_size: The batch is made that long in its first dimension; 0 leaves it.
+        most: And then split into parts of at most that many, of which one is taken; 0 takes all.
         forward_only: The batch is for ``forward``, and not for ``training_step``.
         states_only: Stop when there are optimizers.
     """
 
     def __init__(
-        self, mode: FakeTensorMode, dtype: torch.dtype | None, batch_size: int, forward_only: bool, states_only: bool
+        self,
+        mode: FakeTensorMode,
+        dtype: torch.dtype | None,
+        batch_size: int,
+        most: int,
+        forward_only: bool,
+        states_only: bool,
     ) -> None:
         super().__init__(device="cpu")
         self.mode, self.dtype, self.forward_only, self.states_only = mode, dtype, forward_only, states_only
-        self.batch_size = batch_size
+        self.batch_size, self.most = batch_size, most
         self.live: LiveTensors | None = None
 
     @property
@@ -151,6 +158,8 @@ class _FakeStrategy(SingleDeviceStrategy):
         apply_to_collection(batch, Tensor, lambda tensor: sizes.append(tensor.shape[0]) if tensor.dim() else None)
         size = sizes[0] if sizes else 0
         target = self.batch_size or size
+        if 0 < self.most < target:
+            target = -(-target // -(-target // self.most))
         self.batch_size = target if size else 0
 
         def fake(tensor: Tensor) -> Tensor:
@@ -206,6 +215,7 @@ def run_fake_step(
     mode: FakeTensorMode | None = None,
     precision: str = "32-true",
     batch_size: int = 0,
+    most: int = 0,
     states_only: bool = False,
     callbacks: list[Callback] | None = None,
     trainer_options: dict[str, Any] | None = None,
@@ -220,6 +230,7 @@ def run_fake_step(
         mode: That of parameters which are fake already.
         precision: As the Trainer's.
         batch_size: Change the batch's to this.
+        most: Samples that go through the module at a time, at most; 0 for all.
         states_only: Stop when there are optimizers: no batch is needed.
         callbacks: Those that change what is trained.
         trainer_options: The length of the run and its accumulation, which schedules may ask for.
@@ -236,7 +247,7 @@ def run_fake_step(
         forward_only = example is not None
         batch = (example,) if isinstance(example, Tensor) else 0 if example is None else example
     dtype = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision)
-    strategy = _FakeStrategy(mode, dtype, batch_size, forward_only, states_only)
+    strategy = _FakeStrategy(mode, dtype, batch_size, most, forward_only, states_only)
     with quiet(), tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             accelerator="cpu",

@@ -186,7 +186,7 @@ class Plan:
 
     def _with_batch(self, size: int) -> Advice:
         model, now = self.model, self.batch_size
-        text = f"a micro-batch of {size} instead of {now}, with {-(-now // size)} times the accumulation"
+        text = f"a micro-batch of {size} instead of {now}, by MicroBatching(size={size})"
         text += " and without OptimizerInBackward" * model.in_backward
         # what comes and goes has a part that stays: the gradient that is being made
         passing = min(model.passing, model.passing * size // now + model.largest_gradient)

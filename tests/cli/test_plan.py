@@ -145,7 +145,7 @@ def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *EXAMPLE, "--device-memory", "4MiB"]) == 1
     printed = " ".join(capsys.readouterr().out.split())
     assert "Nothing fits. FSDP2, offload needs least" in printed and "trainer:" not in printed
-    assert "a micro-batch of 3 instead of 32" in printed and "times the accumulation" in printed and "fits" in printed
+    assert "a micro-batch of 3 instead of 32" in printed and "by MicroBatching(size=3)" in printed and "fits" in printed
 
 
 def test_advice_says_by_how_much(planner: Planner) -> None:
@@ -226,6 +226,21 @@ def test_accumulation_keeps_gradients(planner: Planner) -> None:
     for factor, gradients in ((1, once["gradients"]), (2, more["gradients"])):
         callback = {"class_path": "GradientAccumulation", "init_args": {"factor": factor}}
         assert planner.row("accel_fsdp2", callbacks=[callback])["gradients"] == gradients
+
+
+def test_micro_batches(planner: Planner) -> None:
+    def micro(size: Any) -> dict[str, Any]:
+        return {"class_path": "MicroBatching", "init_args": {"size": size}}
+
+    whole = planner.row("ddp")
+    for size, fraction in ((4, 1 / 4), (12, 1 / 2), (64, 1)):  # 16 samples are two micro-batches of 8 for a size of 12
+        row = planner.row("ddp", callbacks=[micro(size)])
+        assert row["activations"] == pytest.approx(fraction * whole["activations"], rel=1e-3)
+    found = planner("--batch-size", "32", callbacks=[micro(8)])
+    assert found["batch_size"] == 8 and found["strategies"][3]["gradients"] == 3 * LAYER * 4
+    found = planner(callbacks=[micro("auto")])
+    assert found["strategies"][0]["activations"] == whole["activations"]
+    assert any("MicroBatching learns its size" in note for note in found["notes"])
 
 
 def test_the_optimizer_in_the_backward_pass(planner: Planner) -> None:
