@@ -208,7 +208,7 @@ def _notes(cli: PlanCLI, failure: str, states_only: bool, model: Model) -> Itera
         yield f"LowBitOptimizer counts under {where}; leave it out for the other strategies."
     if any(isinstance(callback, MicroBatching) and callback.size is None for callback in cli.callbacks):
         yield (
-            "MicroBatching learns its size where memory runs out, which is not known here: the activations are those of "
+            "MicroBatching learns its size where memory runs out, which is not known here: the activations are of "
             "whole batches. Give it a `size`, or --batch-size here."
         )
     if model.casts:
