@@ -26,6 +26,7 @@ from lightning_accel import (
     GradualPruning,
     LearningRateFinder,
     LowBitOptimizer,
+    MicroBatching,
     Muon,
     OptimizerInBackward,
 )
@@ -393,10 +394,6 @@ class Reshapes(AccelCallback):
     contract = Contract("", frozenset({"gradients"}), "", "", "")
 
 
-class MicroBatching(Callback):
-    pass
-
-
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "norm": (
         lambda: {"callbacks": [GradientClipping(1.0)]},
@@ -410,7 +407,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "optimizer": (lambda: {"module": Quasi}, "LBFGS: .*through all parameters at once.*Use another optimizer"),
     "method": (lambda: {"callbacks": [Reshapes()]}, "Reshapes: it changes the gradients of a step together"),
-    "micro-batches": (lambda: {"callbacks": [MicroBatching()]}, "MicroBatching: a step is made of the gradient of one"),
 }
 
 
@@ -420,6 +416,13 @@ def test_what_needs_all_gradients_is_refused(name: str) -> None:
     given = arguments()
     with pytest.raises(MisconfigurationException, match=f"OptimizerInBackward can't work with {reason}"):
         run([*given.pop("callbacks", []), OptimizerInBackward()], **given)
+
+
+def test_micro_batches_are_refused_from_either_side() -> None:
+    with pytest.raises(MisconfigurationException, match="with MicroBatching: a step is made of the gradient of one"):
+        run([OptimizerInBackward(), MicroBatching(2)])
+    with pytest.raises(MisconfigurationException, match="with OptimizerInBackward: it steps inside the backward"):
+        run([MicroBatching(2), OptimizerInBackward()])
 
 
 def test_who_looks_for_gradients_is_named() -> None:
