@@ -15,6 +15,8 @@ from lightning_accel.hooks.tensors import tensors_in
 
 __all__ = ["CountedMemory", "CudaMemory", "format_bytes"]
 
+_END: Any = object()
+
 
 def format_bytes(count: int) -> str:
     """A number of bytes as people write it.
@@ -113,10 +115,10 @@ class CountedMemory:
         while True:
             self._live.paused = True
             try:
-                batch = next(batches, None)
+                batch = next(batches, _END)
             finally:
                 self._live.paused = False
-            if batch is None:
+            if batch is _END:
                 return
             for tensor in tensors_in(batch):
                 self._live.add(tensor)

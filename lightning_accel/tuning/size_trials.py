@@ -118,7 +118,7 @@ class SizeTrials:
         self._streams |= isinstance(loader.dataset, IterableDataset)
         own = with_batch_size(self._side.own(loader), self._size)
         sampler: Any = own.batch_sampler
-        if (found := len(next(iter(sampler)))) != self._size:
+        if (found := len(next(iter(sampler), ()))) != self._size:
             raise MisconfigurationException(
                 f"BatchSizeFinder can't set the batch size: {type(sampler).__name__} makes batches of {found} samples "
                 f"where its `batch_size` is {self._size}. Let it look at that when it is iterated, or remove the "
@@ -184,9 +184,9 @@ class SizeTrials:
         try:
             for _ in range(self._steps):
                 side.step(source)
-        except StopIteration:  # an epoch has no batch of that size
+        except StopIteration:  # an epoch has none of that size
             largest, ended = 0, True
-        if ended or (self._streams and largest < self._size):
+        if ended or (self._streams and 0 < largest < self._size):
             raise MisconfigurationException(
                 f"BatchSizeFinder can't try a batch size of {self._size}: the data gives {largest} samples at a time. "
                 "Lower `min_size`."

@@ -22,15 +22,16 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler, TensorDataset
+from torch.utils.data.dataloader import default_collate
 
-from lightning_accel import BatchSizeFinder, ExactResume, GradientAccumulation, LearningRateFinder
+from lightning_accel import BatchSizeFinder, ExactResume, GradientAccumulation, LearningRateFinder, MicroBatching
 from lightning_accel.hooks.batch_size import with_batch_size
 from lightning_accel.tuning.batch_size_finder import next_size
 from lightning_accel.tuning.peak_memory import CudaMemory
 from tests.conformance import toy
 from tests.conformance.rows import EXACT, everything
 from tests.conformance.toy import Digits, DigitsData, ManualDigits, SizedStream, assert_same_training, train_set
-from tests.hooks.common import Stream, Tiny, callback_class, fit, loader, samples, save_at
+from tests.hooks.common import Stream, Tiny, fit, loader, samples, save_at
 from tests.methods import build, use
 
 PEOPLE = 72  # samples of the toy
@@ -418,6 +419,29 @@ def test_a_stream_ends_the_search_where_it_has_no_more() -> None:
     assert search.batch_size == 16 and "the data gives 0 samples at a time" in reasons(search)[0]
 
 
+@pytest.mark.filterwarnings("ignore:train_dataloader yielded None")
+def test_batches_that_are_none_and_batches_without_tensors() -> None:
+    first = float(samples(1)[0][0][0])
+
+    def nothing(items: list[Any]) -> Any:
+        return None if float(items[0][0][0]) == first else default_collate(items)
+
+    class Lists(Tiny):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(default_collate(batch["items"]), batch_idx)
+
+    search = finder(max_size=4)
+    fit(Tiny(), search, data=loader(collate_fn=nothing))
+    assert search.batch_size == 4
+    search = finder(max_size=8)
+    fit(Lists(), search, data=DataLoader(Stream(), batch_size=4, collate_fn=lambda items: {"items": Items(items)}))
+    assert search.batch_size == 8
+
+
+class Items(list[Any]):
+    """No list to those who look for tensors in one."""
+
+
 def test_what_nothing_fits_in_says_what_to_do() -> None:
     search = finder(memory_budget="130KiB", min_size=4)
     module = Wide()
@@ -476,9 +500,8 @@ def test_what_it_can_not_do_is_refused() -> None:
         fit(Tiny(), BatchSizeFinder())
     with pytest.raises(MisconfigurationException, match=r"a batch size of 21: a rank has 20 samples.*Lower `min_size`"):
         fit(Tiny(), finder(min_size=21))
-    splitting = callback_class("MicroBatching")()
     with pytest.raises(MisconfigurationException, match=r"can't work with MicroBatching: it splits each batch"):
-        fit(Tiny(), finder(), splitting)
+        fit(Tiny(), finder(), MicroBatching())
     with pytest.raises(MisconfigurationException, match="in the Trainer's callbacks twice"):
         fit(Tiny(), finder(), finder(max_size=4))
 
