@@ -194,6 +194,8 @@ class LowBitOptimizer(OptimizerTransform):
                 backend, reason = "bitsandbytes", "only it pages"
             if refused := asked_refusal(optimizer, backend, wish):
                 raise MisconfigurationException(refused)
+        # bits of small parameters, and of other optimizers', may be such as the backend does not have
+        chosen = {parameter: bits for parameter, bits in chosen.items() if bits == 32 or parameter in asked}
         changed = self._apply(backend, optimizer, chosen, names, bool(rounds))
         low = [parameter for parameter in asked if changed.low_bit.is_low_bit(parameter)]
         share = sum(map(torch.numel, low)) / max(1, sum(map(torch.numel, parameters)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ from lightning_accel.optimizers.torchao_state import TORCHAO_BLOCKS, TorchAOStat
 __all__ = ["measure_flat_state", "measure_state"]
 
 _BLOCK = max(TORCHAO_BLOCKS.values())
+_Made = tuple[Tensor, dict[str, Any]] | None
+"""A parameter, and what the optimizer kept of it before any step."""
 _STAND_IN = 2**16  # elements of a real parameter that is stepped in place of a large one
 
 
@@ -38,6 +40,8 @@ def measure_state(optimizer: Optimizer, mode: FakeTensorMode) -> int:
     """
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("LBFGS keeps a history of gradients that grows with its steps, which one step does not show")
+    # at construction: some can't step without, as Adagrad before torch 2.13
+    made = next(((parameter, dict(entries)) for parameter, entries in optimizer.state.items()), None)
     low_bit = getattr(optimizer, "low_bit", None)
     own: dict[Tensor, Any] = getattr(low_bit, "chosen", {})
     chosen, counts = [], Counter[Tensor]()
@@ -59,7 +63,7 @@ def measure_state(optimizer: Optimizer, mode: FakeTensorMode) -> int:
                 return sum(_size(optimizer.state[parameter]) * count for parameter, count in counts.items())
         try:
             return sum(
-                count * _by_stand_ins(optimizer, number, parameter, own.get(parameter))
+                count * _by_stand_ins(optimizer, number, parameter, own.get(parameter), made)
                 for number, group in enumerate(chosen)
                 for parameter, count in ((parameter, counts[parameter]) for parameter in group)
             )
@@ -109,7 +113,7 @@ def _size(entries: Any) -> int:
     return sum(storages.values())
 
 
-def _by_stand_ins(optimizer: Optimizer, number: int, parameter: Tensor, bits: Any) -> int:
+def _by_stand_ins(optimizer: Optimizer, number: int, parameter: Tensor, bits: Any, made: _Made) -> int:
     """Step on real parameters of fewer rows, and extend: what is kept of one grows with its rows, or not at all."""
     shape, plan = tuple(parameter.shape), getattr(optimizer, "low_bit", None)
     # two that are both as large as those whose state is in 8 bits, if this one is
@@ -119,20 +123,34 @@ def _by_stand_ins(optimizer: Optimizer, number: int, parameter: Tensor, bits: An
     if isinstance(optimizer, TorchAOState):  # which codes what is made of whole blocks, as the parameter may be
         rows += -rows % (_BLOCK // math.gcd(_BLOCK, row))
     if not shape or shape[0] <= 2 * rows:
-        return _step_real(optimizer, number, shape, parameter.dtype, bits)
+        return _step_real(optimizer, number, shape, parameter.dtype, bits, made)
     small, large = (
-        _step_real(optimizer, number, (count, *shape[1:]), parameter.dtype, bits) for count in (rows, 2 * rows)
+        _step_real(optimizer, number, (count, *shape[1:]), parameter.dtype, bits, made) for count in (rows, 2 * rows)
     )
     return round(small + (large - small) * (shape[0] - rows) / rows)
 
 
-def _step_real(optimizer: Optimizer, number: int, shape: tuple[int, ...], dtype: torch.dtype, bits: Any) -> int:
+def _like(value: Any, parameter: Tensor, stand_in: Tensor) -> Any:
+    """What is kept of one parameter, for another one."""
+    if isinstance(value, Mapping):  # coded
+        return torch.zeros_like(stand_in)
+    if not isinstance(value, Tensor):
+        return value
+    return torch.zeros(stand_in.shape if value.shape == parameter.shape else value.shape, dtype=value.dtype)
+
+
+def _step_real(
+    optimizer: Optimizer, number: int, shape: tuple[int, ...], dtype: torch.dtype, bits: Any, made: _Made
+) -> int:
     stand_in = nn.Parameter(torch.zeros(shape, dtype=dtype))
     stand_in.grad = torch.ones_like(stand_in)
     if bits is not None:
         optimizer.low_bit.chosen[stand_in] = bits  # type: ignore[attr-defined]  # only such optimizers have it
     with _groups(optimizer, [[stand_in] if other == number else [] for other in range(len(optimizer.param_groups))]):
         optimizer.state.clear()
+        if made is not None:
+            parameter, entries = made
+            optimizer.state[stand_in] = {name: _like(value, parameter, stand_in) for name, value in entries.items()}
         step: Callable[[], Any] = optimizer.step
         step()
         return _size(optimizer.state[stand_in])

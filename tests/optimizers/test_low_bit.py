@@ -242,6 +242,14 @@ def test_bits_by_name_and_embeddings_in_32() -> None:
         assert "8" in callback.choices[0] and "4 bits" in callback.choices[0]
 
 
+@pytest.mark.parametrize("pattern", ["^b", "bias"])
+def test_bits_of_another_optimizers_and_of_small_parameters_do_not_count(pattern: str) -> None:
+    module = torch.nn.ModuleDict({name: torch.nn.Linear(64, 64) for name in "ab"})
+    callback = LowBitOptimizer(backend="torchao", min_size=512, bits_for={pattern: "bf16"})
+    optimizer: Any = callback.transform(MAKE["AdamW"](module["a"].parameters()), module)
+    assert optimizer.low_bit.bits_of(module["a"].weight) == 8
+
+
 def test_what_only_the_generic_backend_can_do() -> None:
     with pytest.raises(MisconfigurationException, match=r"bitsandbytes has no 4 bits.*Use backend='generic'"):
         fit(Net(MAKE["AdamW"]), LowBitOptimizer(bits=4, backend="bitsandbytes", min_size=512))

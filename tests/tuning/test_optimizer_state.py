@@ -92,6 +92,28 @@ def test_an_optimizer_that_reads_values_is_stepped_on_small_real_parameters() ->
     assert measure_state(make(groups(fake_net(mode))), mode) == real_bytes(make(groups(Net())))
 
 
+def test_state_that_is_made_at_construction() -> None:
+    class Eager(torch.optim.Optimizer):
+        def __init__(self, parameters: Any) -> None:
+            super().__init__(parameters, {})
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    self.state[parameter] = {"sum": torch.zeros_like(parameter), "step": torch.zeros(())}
+
+        def step(self, closure: Any = None) -> Any:
+            for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
+                if parameter.grad is not None:
+                    assert float(parameter.grad.sum()) > 0  # so that it is stepped on small real ones
+                    self.state[parameter]["sum"] += parameter.grad
+                    self.state[parameter]["step"] += 1
+
+    mode = FakeTensorMode()
+    with mode:
+        fake = Eager(groups(fake_net(mode)))
+    frozen = 4 * (300 * 700 + 700 + 2)
+    assert measure_state(fake, mode) == pytest.approx(real_bytes(Eager(groups(Net()))) - frozen, rel=1e-3)
+
+
 def test_what_one_step_does_not_show_is_refused() -> None:
     mode = FakeTensorMode()
     with pytest.raises(ValueError, match="LBFGS keeps a history"):
