@@ -68,6 +68,14 @@ quick: $(EDITABLE)  ## the tests that are not marked slow, in under 3 minutes
 test-ops: $(EDITABLE)  ## the tests of ops that DeepSpeed compiles: five minutes each the first time; needs g++ and libaio-dev
 	TORCH_EXTENSIONS_DIR=$(abspath $(VENV))/torch_extensions $(BIN)/pytest -m ops tests/ops
 
+# The checks of the conformance suite that need one device, and the tests of what only CUDA shows.
+ON_CUDA := tests/cuda \
+  $(addprefix tests/conformance/test_,accumulation.py datamodule.py manual.py neutral.py resume.py schedulers.py undo.py)
+
+.PHONY: test-cuda
+test-cuda: $(EDITABLE)  ## the tests on a CUDA device, with a build of torch for CUDA
+	TEST_ACCELERATOR=cuda CUBLAS_WORKSPACE_CONFIG=:4096:8 $(BIN)/pytest $(PYTEST_JOBS) -m "not ops" $(ON_CUDA)
+
 .PHONY: lint
 lint: $(EDITABLE)  ## ruff: rules and format
 	$(BIN)/ruff check .

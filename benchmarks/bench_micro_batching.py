@@ -14,6 +14,8 @@ beside the weights, and CPU time of a batch. The sides take turns, a fit at a ti
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import random
 import warnings
@@ -221,7 +223,8 @@ def fit(callbacks: list[Callback], batches: int, **options: Any) -> None:
     torch.manual_seed(0)
     data = torch.randn(LARGE * batches, TOKENS, WIDTH)
     trainer = Trainer(max_epochs=1, callbacks=callbacks, **QUIET, **options)
-    trainer.fit(Model(), DataLoader(data, LARGE))  # type: ignore[arg-type]
+    with contextlib.redirect_stdout(io.StringIO()):  # the plan
+        trainer.fit(Model(), DataLoader(data, LARGE))  # type: ignore[arg-type]
 
 
 def seconds(make: Callable[[], list[Callback]], batches: int) -> list[float]:

@@ -36,7 +36,8 @@ class CudaMemory:
 
     Args:
         device: The device.
-        budget: How many bytes training may take; None: what is free, with what this process holds already.
+        budget: How many bytes training may take; None: what is free, with what this process holds already, and no more
+            than torch lets it have (``torch.cuda.set_per_process_memory_fraction``).
         margin: The fraction of that which is left free.
 
     Attributes:
@@ -48,6 +49,8 @@ class CudaMemory:
         self._device = device
         torch.cuda.empty_cache()
         held = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        fraction: Any = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
+        held = min(held, int(fraction * torch.cuda.get_device_properties(device).total_memory))
         self.total = held if budget is None else min(held, budget)
         self.limit = int(self.total * (1 - margin))
 

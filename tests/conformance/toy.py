@@ -19,6 +19,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
+from tests.accelerator import ACCELERATOR
 from tests.conformance.compare import assert_equal, differences
 
 EPOCHS, BATCHES, BATCH_SIZE = 3, 9, 8  # an odd number of batches: the last window of two is short
@@ -333,7 +334,7 @@ class Run:
 
 
 SETTINGS: dict[str, Any] = {
-    "accelerator": "cpu",
+    "accelerator": ACCELERATOR,
     "devices": 1,
     "max_epochs": EPOCHS,
     "logger": False,

@@ -25,7 +25,7 @@ class Noise(BatchTransform):
 
     def transform_batch(self, batch: Any, generator: torch.Generator) -> Any:
         x, y = batch
-        return x + 0.1 * torch.randn(x.shape, generator=generator), y
+        return x + 0.1 * torch.randn(x.shape, generator=generator).to(x), y
 
 
 class HiddenCounter(AccelCallback):

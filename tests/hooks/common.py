@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_accel.hooks import AccelCallback, Contract
+from tests.accelerator import ACCELERATOR
 
 BATCH_SIZE = 4
 QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
+    "accelerator": ACCELERATOR,
     "enable_checkpointing": False,
     "enable_model_summary": False,
     "enable_progress_bar": False,
@@ -120,7 +121,7 @@ class Data(LightningDataModule):
 
 def make_trainer(*callbacks: Callback, **arguments: Any) -> Trainer:
     if arguments.pop("barebones", False):
-        return Trainer(barebones=True, accelerator="cpu", callbacks=list(callbacks), **arguments)
+        return Trainer(barebones=True, accelerator=ACCELERATOR, callbacks=list(callbacks), **arguments)
     return Trainer(callbacks=list(callbacks), **{**QUIET, "max_epochs": 1, **arguments})
 
 

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from functools import partial, update_wrapper
 from pathlib import Path
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -658,6 +658,10 @@ def test_what_cudas_allocator_says_decides(budget: int | None, found: int, monke
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: max(given, default=0))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: given.clear())
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.5, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=1600))
+    assert CudaMemory(torch.device("cuda", 0), None, 0.2).total == 800  # what this process may have
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0, raising=False)
     search = finder(margin=0.2)
     memory = CudaMemory(torch.device("cuda", 0), budget, 0.2)
     assert memory.total == (budget or 1000)
