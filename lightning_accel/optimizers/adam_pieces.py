@@ -1,7 +1,8 @@
-"""The step of Adam and AdamW on low-bit state on the CPU, a piece of a parameter at a time.
+"""The step of Adam and AdamW on low-bit state, without its moments ever being there at full size.
 
-The moments of a piece are decoded into the processor's cache, stepped there by torch's fused kernel, and encoded again.
-The maths is that of the optimizer; the last bits are those of its ``fused=True``.
+On the CPU the moments of a piece of a parameter are decoded into the processor's cache, stepped there by torch's fused
+kernel, and encoded again; the last bits are those of ``fused=True``. On CUDA one kernel does all three for a parameter,
+in registers. The maths is that of the optimizer.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_accel.optimizers.codes import dither
+from lightning_accel.optimizers.kernels import triton_on
 from lightning_accel.optimizers.layouts import quantized_moments
 from lightning_accel.optimizers.low_bit_plan import local_part
 from lightning_accel.optimizers.quantize import empty_moment, line_of, pieces
@@ -28,7 +30,9 @@ _PIECE = 2**15
 def can_step_pieces(optimizer: Any, group: Mapping[str, Any], parameter: Tensor) -> bool:
     """Whether this parameter can be stepped so."""
     base = optimizer._base
-    if base not in (torch.optim.Adam, torch.optim.AdamW) or parameter.grad is None or parameter.device.type != "cpu":
+    if base not in (torch.optim.Adam, torch.optim.AdamW) or parameter.grad is None:
+        return False
+    if parameter.device.type != "cpu" and triton_on(parameter.device) is None:
         return False
     options = group.get("foreach") is not None or group.get("fused") is False or group.get("capturable")
     tensors = any(isinstance(value, Tensor) for value in (group["lr"], group["weight_decay"], *group["betas"]))
@@ -67,11 +71,26 @@ def step_pieces_(optimizer: Any, group: Mapping[str, Any], parameter: Tensor) ->
     moments = [_moment(state, name, weight, plan.bits_of(parameter)) for name in names]
     noise = dither(group["low_bit_step"], weight.device)
     generator = generator_for(plan, parameter, group["low_bit_step"]) if wide else None
-    buffers = [torch.empty(min(_PIECE, weight.numel()), dtype=torch.float32) for _ in names]
+    weights, gradients = line_of(weight), line_of(gradient)
     decoupled = group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
+    if (triton := triton_on(weight.device)) is not None:
+        stepped = weights.float()
+        triton.adam_step_(
+            stepped,
+            gradients,
+            [(line_of(moment["codes"]), moment["scales"]) for moment in moments],
+            noise,
+            plan.bits_of(parameter),
+            float(state["step"]),
+            decoupled=decoupled,
+            **{name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "maximize")},
+        )
+        if generator is not None:
+            round_to_bfloat16_(weights, stepped, generator)
+        return
+    buffers = [torch.empty(min(_PIECE, weight.numel()), dtype=torch.float32) for _ in names]
     kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
     cuts = [pieces(moment, weight.numel(), _PIECE) for moment in moments]
-    weights, gradients = line_of(weight), line_of(gradient)
     for parts in zip(*cuts, strict=True):
         start, end = parts[0][:2]
         values = [buffer[: end - start] for buffer in buffers]
@@ -104,7 +123,8 @@ def _moment(state: dict[str, Any], name: str, weight: Tensor, bits: int | str) -
     """A coded moment; a new one is zero."""
     if name not in state:
         moment = empty_moment(weight, name == "exp_avg", bits, torch.float32)
-        zeros, noise = torch.zeros(min(_PIECE, weight.numel())), dither(None, weight.device)
+        length = min(_PIECE, weight.numel()) if weight.device.type == "cpu" else weight.numel()
+        zeros, noise = weight.new_zeros(length, dtype=torch.float32), dither(None, weight.device)
         for start, end, codes, scales, code in pieces(moment, weight.numel(), _PIECE):
             code.encode(zeros[: end - start], codes, scales, noise, name == "exp_avg")
         state[name] = moment

@@ -1,4 +1,4 @@
-"""Codes of 8 and 4 bits, fp8 and bfloat16 for the elements of a line, in plain torch or by the kernels in C.
+"""Codes of 8 and 4 bits, fp8 and bfloat16 for the elements of a line, in plain torch or by kernels in C or Triton.
 
 A line is cut into blocks that share one scale, the block's largest magnitude, and each element is coded as its ratio to
 it. The idea of blocks is that of "8-bit Optimizers via Block-wise Quantization" (Dettmers et al. 2022,
@@ -31,16 +31,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_accel.optimizers.kernels import address, kernels
+from lightning_accel.optimizers.kernels import address, kernels, triton_for
 
-__all__ = ["CODES", "Code", "dither", "table"]
+__all__ = ["CODES", "LINES", "LOWEST", "OFFSET", "Code", "dither", "table"]
 
 _SHIFT = 20  # of the 23 mantissa bits of a float32, 3 are kept
 _ONE = 0x3F800000  # the bits of 1.0
 # A ratio r in [0, 1] is coded as the top bits of offset + r * (1 - offset), which lies in [offset, 1]: near zero the
 # steps are even, above that they grow with the value. The offset is such that the codes are exactly 0 ... 127 or 255.
-_LOWEST = {True: (_ONE >> _SHIFT) - 127, False: (_ONE >> _SHIFT) - 255}
-_OFFSET = {True: 9 * 2.0**-19, False: 9 * 2.0**-35}
+LOWEST = {True: (_ONE >> _SHIFT) - 127, False: (_ONE >> _SHIFT) - 255}
+OFFSET = {True: 9 * 2.0**-19, False: 9 * 2.0**-35}
 _FP8_MAX = 448.0
 _MAP = (0.0, 0.0055, 0.0325, 0.0775, 0.2125, 0.4375, 0.6625, 0.8875, 1.0)
 """The magnitudes of the signed 4-bit map; the negative half ends before 1."""
@@ -55,7 +55,8 @@ def _map_lines() -> Tensor:
     return torch.tensor(lines, dtype=torch.float32)
 
 
-_LINES = _map_lines()
+LINES = _map_lines()
+"""A slope and a height for each."""
 
 
 @functools.lru_cache(maxsize=4)
@@ -84,9 +85,9 @@ def table(kind: str, device: torch.device) -> Tensor:
         values = torch.cat([-magnitude[1:8].flip(0), magnitude])
     else:
         signed = kind == "8 signed"
-        bits = torch.arange(128 if signed else 256, dtype=torch.int32).add_(_LOWEST[signed])
+        bits = torch.arange(128 if signed else 256, dtype=torch.int32).add_(LOWEST[signed])
         values = bits.bitwise_left_shift_(_SHIFT).view(torch.float32)
-        values = values.sub(_OFFSET[signed]).div_(1 - _OFFSET[signed])
+        values = values.sub(OFFSET[signed]).div_(1 - OFFSET[signed])
         if signed:  # byte 128 is never used; 129 ... 255 are -127 ... -1
             values = torch.cat([values, -values[-1:], -values[1:].flip(0)])
     return values.to(device, torch.float32)
@@ -140,10 +141,13 @@ def _scaled(blocks: Tensor, scales: Tensor) -> Tensor:
 
 
 def _encode_8(line: Tensor, codes: Tensor, scales: Tensor, noise: Tensor, signed: bool) -> None:
-    lowest, offset, tiny = _LOWEST[signed], _OFFSET[signed], torch.finfo(scales.dtype).tiny
+    lowest, offset, tiny = LOWEST[signed], OFFSET[signed], torch.finfo(scales.dtype).tiny
     if (compiled := _compiled(line, scales)) is not None:
         pointers = [address(tensor) for tensor in (line, codes, scales, noise)]
         compiled.encode_bytes(*pointers, line.numel(), tiny, offset, 1 - offset, lowest, signed)
+        return
+    if (triton := triton_for(line, scales)) is not None:
+        triton.encode(line, codes, scales, noise, 8, signed)
         return
     blocks = _blocks(line, 256)
     bits = _scaled(blocks, scales).mul_(1 - offset).add_(offset).view(torch.int32)
@@ -160,6 +164,9 @@ def _encode_fp8(line: Tensor, codes: Tensor, scales: Tensor, noise: Tensor, sign
     if (compiled := _compiled(line, scales)) is not None:
         pointers = [address(tensor) for tensor in (line, codes, scales, noise)]
         compiled.encode_fp8(*pointers, line.numel(), torch.finfo(scales.dtype).tiny, signed)
+        return
+    if (triton := triton_for(line, scales)) is not None:
+        triton.encode(line, codes, scales, noise, "fp8", signed)
         return
     blocks = _blocks(line, 256)
     value = _scaled(blocks, scales).mul_(_FP8_MAX)
@@ -178,6 +185,9 @@ def _decode_bytes(codes: Tensor, scales: Tensor, out: Tensor) -> None:
     if (compiled := _compiled(out, scales)) is not None:
         compiled.decode_bytes(*(address(tensor) for tensor in (codes, scales, values, out)), out.numel())
         return
+    if (triton := triton_for(out, scales)) is not None:
+        triton.decode(codes, scales, out, "fp8" if kind == "fp8" else 8, codes.dtype is torch.int8)
+        return
     part = _blocks(codes.view(torch.uint8), 256)
     decoded = values.index_select(0, part.view(-1).to(torch.int32)).view(-1, 256)
     out.copy_((decoded * scales[:, None]).view(-1)[: out.numel()])
@@ -187,17 +197,20 @@ def _encode_4(line: Tensor, codes: Tensor, scales: Tensor, noise: Tensor, signed
     tiny = torch.finfo(scales.dtype).tiny
     if (compiled := _compiled(line, scales)) is not None:
         pointers = [address(tensor) for tensor in (line, codes, scales, noise)]
-        compiled.encode_nibbles(*pointers, line.numel(), tiny, address(_LINES), signed)
+        compiled.encode_nibbles(*pointers, line.numel(), tiny, address(LINES), signed)
+        return
+    if (triton := triton_for(line, scales)) is not None:
+        triton.encode(line, codes, scales, noise, 4, signed)
         return
     blocks = _blocks(line, 128)
     ratio, raised = _scaled(blocks, scales), noise[:128].float() * 2.0**-20
     if signed:
         flip = -blocks.amin(dim=1) > blocks.amax(dim=1)
         scales[flip] = -scales[flip]
-        place = ratio * _LINES[0, 0].item() + _LINES[0, 1].item()
-        for slope, height in _LINES[1:5].tolist():
+        place = ratio * LINES[0, 0].item() + LINES[0, 1].item()
+        for slope, height in LINES[1:5].tolist():
             place = torch.minimum(place, ratio * slope + height)
-        slope, height = _LINES[5].tolist()
+        slope, height = LINES[5].tolist()
         place = torch.maximum(place, ratio * slope + height)
         negative = (blocks < 0) ^ (flip[:, None] & (blocks != 0))
         index = torch.minimum((place + raised).to(torch.int32), 8 - negative.to(torch.int32))
@@ -213,6 +226,9 @@ def _decode_4(codes: Tensor, scales: Tensor, out: Tensor) -> None:
     if (compiled := _compiled(out, scales)) is not None:
         compiled.decode_nibbles(*(address(tensor) for tensor in (codes, scales, values, out)), out.numel())
         return
+    if (triton := triton_for(out, scales)) is not None:
+        triton.decode(codes, scales, out, 4, codes.dtype is torch.int8)
+        return
     part = codes.view(torch.uint8).to(torch.int32).view(-1, 64)
     decoded = values.index_select(0, torch.cat([part & 15, part >> 4], dim=1).view(-1)).view(-1, 128)
     out.copy_((decoded * scales[:, None]).view(-1)[: out.numel()])
@@ -221,6 +237,9 @@ def _decode_4(codes: Tensor, scales: Tensor, out: Tensor) -> None:
 def _encode_bf16(line: Tensor, codes: Tensor, scales: Tensor, noise: Tensor, signed: bool) -> None:
     if (compiled := _compiled(line)) is not None:
         compiled.encode_bfloat16(*(address(tensor) for tensor in (line, codes, noise)), line.numel())
+        return
+    if (triton := triton_for(line)) is not None:
+        triton.encode(line, codes, scales, noise, "bf16", signed)
         return
     bits = _blocks(line.float(), 256).view(torch.int32) + (noise >> 4)
     codes.view(torch.int16).copy_((bits >> 16).view(-1)[: line.numel()])

@@ -1,4 +1,4 @@
-"""The loops of :mod:`lightning_accel.optimizers.codes` in C, compiled where there is a compiler.
+"""The loops of :mod:`lightning_accel.optimizers.codes` in C, compiled where there is a compiler, or in Triton on CUDA.
 
 They give the same bits as the tensor operations of that module, so that a run may go on where there is none: only the
 time differs. The library is kept in a folder of the user's own in the temporary directory, under a name that tells the
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["address", "compiler", "kernels", "without_kernels"]
+__all__ = ["address", "compiler", "kernels", "triton_for", "triton_on", "without_kernels"]
 
 _FLAGS = (
     "-O3",
@@ -62,6 +62,30 @@ def compiler() -> str:
 def kernels() -> Any:
     """The compiled library, or None where it can't be had."""
     return None if without_kernels else _load()
+
+
+def triton_for(*tensors: torch.Tensor) -> Any:
+    """The kernels in Triton, where they can take these tensors, or None."""
+    return triton_on(tensors[0].device) if all(tensor.dtype is torch.float32 for tensor in tensors) else None
+
+
+def triton_on(device: torch.device) -> Any:
+    """The kernels in Triton, where they run on a device, or None."""
+    return None if device.type != "cuda" or without_kernels else _triton(device)
+
+
+@functools.cache
+def _triton(device: torch.device) -> Any:
+    """The kernels, if one of them runs on a device: Triton needs a C compiler too, and a device that it knows."""
+    try:
+        from lightning_accel.optimizers import triton_kernels
+
+        line = torch.ones(256, device=device)
+        codes, scales = torch.empty(256, dtype=torch.uint8, device=device), torch.empty(1, device=device)
+        triton_kernels.encode(line, codes, scales, torch.zeros(256, dtype=torch.int32, device=device), 8, False)
+        return triton_kernels if int(codes[-1]) == 255 else None
+    except Exception:  # whatever it fails with, there are tensor operations
+        return None
 
 
 @functools.cache

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_accel.errors import require
 from lightning_accel.optimizers.bitsandbytes_state import bitsandbytes_missing, bitsandbytes_refusal, paged_refusal
+from lightning_accel.optimizers.kernels import triton_on
 from lightning_accel.optimizers.low_bit_plan import BITS, say_bits
 from lightning_accel.optimizers.torchao_state import TORCHAO_BLOCKS, fits_blocks, torchao_missing, torchao_refusal
 
 __all__ = ["BACKENDS", "Wish", "asked_refusal", "choose_backend"]
 
 BACKENDS = ("bitsandbytes", "generic", "torchao")
+_OWN = "its own kernels take the step of Adam"
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,15 @@ def choose_backend(optimizer: Optimizer, wish: Wish) -> tuple[str, str]:
     backend = "bitsandbytes" if wish.bits == [8] else "torchao"
     if reason := _cannot(optimizer, backend, wish):
         return "generic", reason
+    adam = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
+    own = adam and all(triton_on(parameter.device) is not None for parameter in _parameters(optimizer))
     if any(group.get("fused") for group in optimizer.param_groups):
-        return "generic", f"it keeps the fused step, which {backend} does not have"
+        return "generic", _OWN if own else f"it keeps the fused step, which {backend} does not have"
     devices = sorted({parameter.device.type for parameter in _parameters(optimizer)})
     if "cpu" in devices:
         return "generic", "on the CPU it is as fast or faster"
+    if own and backend == "torchao":
+        return "generic", _OWN
     missing = bitsandbytes_missing if backend == "bitsandbytes" else torchao_missing
     for device in devices:
         if reason := missing(device):

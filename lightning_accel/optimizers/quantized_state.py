@@ -48,7 +48,8 @@ from lightning_accel.optimizers.stochastic_rounding import generator_for, round_
 
 __all__ = ["QuantizedState", "quantize_optimizer_"]
 
-_BUCKET = 2**20  # elements of parameters whose moments are decoded at a time
+_BUCKET = 2**20  # elements of parameters whose moments are decoded at a time, at least
+_CUDA_BUCKET = 2**24  # and at most on CUDA, where few kernels on much are faster
 
 
 def quantize_optimizer_(
@@ -160,6 +161,7 @@ class QuantizedState(Optimizer):
                     else:
                         rest.append(parameter)
                 for bucket in _buckets(rest):
+                    self._place_steps(group, bucket)
                     with self._widened(group, bucket) as stepped:
                         group["params"] = stepped
                         self._step_on(stepped, lambda: step(self))
@@ -168,6 +170,13 @@ class QuantizedState(Optimizer):
         return loss
 
     step = hooked(step)
+
+    def _place_steps(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        """Put the counts of steps, which :func:`step_pieces_` keeps in main memory, where torch's step wants them."""
+        for parameter in parameters:
+            step = self.state.get(parameter, {}).get("step")
+            if isinstance(step, Tensor) and (group.get("fused") or group.get("capturable")):
+                self.state[parameter]["step"] = step.to(parameter.device)
 
     @contextmanager
     def _widened(self, group: dict[str, Any], parameters: list[Tensor]) -> Iterator[list[Tensor]]:
@@ -276,13 +285,15 @@ def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
 
 
 def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Parameters with a gradient, in lists of about ``_BUCKET`` elements."""
+    """Parameters with a gradient, in lists of about ``_BUCKET`` elements, or on CUDA of a sixteenth of them all."""
     bucket: list[Tensor] = []
-    size = 0
+    size, limit = 0, _BUCKET
+    if any(parameter.device.type == "cuda" for parameter in parameters):
+        limit = min(max(limit, sum(map(torch.numel, parameters)) // 16), _CUDA_BUCKET)
     for parameter in parameters:
         if parameter.grad is None:
             continue
-        if bucket and size + parameter.numel() > _BUCKET:
+        if bucket and size + parameter.numel() > limit:
             yield bucket
             bucket, size = [], 0
         bucket.append(parameter)

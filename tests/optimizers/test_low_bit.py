@@ -114,6 +114,10 @@ def test_auto_says_what_it_takes_and_why(monkeypatch: pytest.MonkeyPatch) -> Non
     cycled = elsewhere()
     lr_scheduler.OneCycleLR(cycled, 0.01, total_steps=9)
     assert "compiles its step again for each value of `betas`" in chosen(cycled, 4)[1]
+    monkeypatch.setattr(f"{BACKEND}.triton_on", lambda device: object() if device.type == "meta" else None)
+    assert chosen(elsewhere(), 4) == ("generic", "its own kernels take the step of Adam")
+    assert chosen(elsewhere()) == ("bitsandbytes", "its kernels compute the same maths")
+    assert "fused" in chosen(here(fused=True), 4)[1]
 
 
 def test_the_choice_names_the_share_that_is_quantised() -> None:
