@@ -2,9 +2,9 @@
 
 python benchmarks/bench_cuda.py [--quick] [--rounds 15] [--only steps]
 
-Steps: of 50 matrices of 1024 x 1024, in turns, in a random order each round; a time is that of several steps until the
-device is done. Memory: bytes that torch allocated above the model at most, from the first step to the last, of the
-example's GPT with more and wider blocks; time is that of a batch until the device is done.
+Steps: of 50 matrices of 1024 x 1024 and of 4 of 4096 x 4096, in turns, in a random order each round; a time is that of
+several steps until the device is done. Memory: bytes that torch allocated above the model at most, from the first step
+to the last, of the example's GPT with more and wider blocks; time is that of a batch until the device is done.
 """
 
 from __future__ import annotations
@@ -73,15 +73,15 @@ STEPS: dict[str, Make] = {
     "bitsandbytes.optim.PagedAdamW8bit, called directly": bitsandbytes.optim.PagedAdamW8bit,
     "LowBitOptimizer(paged=True)": lambda p: use_bitsandbytes_(of_torch(p), paged=True),
     "LowBitOptimizer(backend='generic')": lambda p: quantize_optimizer_(of_torch(p)),
-    "LowBitOptimizer(4, 'generic')": lambda p: quantize_optimizer_(of_torch(p), bits=4),
-    "LowBitOptimizer('fp8', 'generic')": lambda p: quantize_optimizer_(of_torch(p), bits="fp8"),
+    "LowBitOptimizer(4), which takes generic": lambda p: quantize_optimizer_(of_torch(p), bits=4),
+    "LowBitOptimizer('fp8'), which takes generic": lambda p: quantize_optimizer_(of_torch(p), bits="fp8"),
     "LowBitOptimizer('bf16'), which takes generic": lambda p: quantize_optimizer_(of_torch(p), bits="bf16"),
     "torchao.optim.AdamW8bit, called directly": torchao.optim.AdamW8bit,
     "LowBitOptimizer(8, 'torchao')": lambda p: use_torchao_(of_torch(p)),
     "torchao.optim.AdamW4bit, called directly": torchao.optim.AdamW4bit,
-    "LowBitOptimizer(4), which takes torchao": lambda p: use_torchao_(of_torch(p), bits=4),
+    "LowBitOptimizer(4, 'torchao')": lambda p: use_torchao_(of_torch(p), bits=4),
     "torchao.optim.AdamWFp8, called directly": torchao.optim.AdamWFp8,
-    "LowBitOptimizer('fp8'), which takes torchao": lambda p: use_torchao_(of_torch(p), bits="fp8"),
+    "LowBitOptimizer('fp8', 'torchao')": lambda p: use_torchao_(of_torch(p), bits="fp8"),
     "torch.optim.Muon, called directly": lambda p: torch.optim.Muon(p, lr=1e-3, adjust_lr_fn="match_rms_adamw"),
     "Muon": lambda p: use_muon_(of_torch(p), p),
     "schedulefree.AdamWScheduleFree, called directly": schedule_free_directly,
@@ -95,9 +95,8 @@ def repeated(step: Callable[[], Any], count: int) -> None:
     torch.cuda.synchronize()
 
 
-def print_steps(quick: bool, rounds: int) -> None:
-    """The table of steps."""
-    number, size = (4, 256) if quick else (50, 1024)
+def print_steps(quick: bool, rounds: int, number: int, size: int) -> None:
+    """The table of steps of so many square matrices."""
     sides: dict[str, Callable[[], Any]] = {}
     state = {}
     for name, make in STEPS.items():
@@ -140,7 +139,6 @@ class Watch(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.peak = torch.cuda.max_memory_allocated() - self.before
         self.state = 4 * optimizer_state_bytes(trainer.optimizers) / self.parameters
-        self.loss = float(trainer.callback_metrics["train_loss"])
 
 
 def fit(side: str, options: list[str]) -> Watch:
@@ -155,7 +153,7 @@ def fit(side: str, options: list[str]) -> Watch:
 
 def print_memory(quick: bool, rounds: int) -> None:
     """The tables of the example."""
-    size = {"width": 256, "depth": 2, "heads": 4} if quick else {"width": 1024, "depth": 12, "heads": 16}
+    size = {"width": 256, "depth": 2, "heads": 4} if quick else {"width": 1024, "depth": 6, "heads": 16}
     options = [*(f"--model.{name}={value}" for name, value in size.items()), "--trainer.max_steps=10"]
     options += ["--data.batch_size=32", "--data.num_bytes=100000"]
     fit("plain", options)  # libraries make their workspaces
@@ -164,11 +162,11 @@ def print_memory(quick: bool, rounds: int) -> None:
         for side in order:
             found[side].append(fit(side, options))
     count = found["plain"][0].parameters // 4
-    print(f"\n| {count:,} parameters | peak above the model, of its size | state, bytes a parameter | loss |")
-    print("| --- | ---: | ---: | ---: |")
+    print(f"\n| {count:,} parameters | peak above the model, of its size | state, bytes a parameter |")
+    print("| --- | ---: | ---: |")
     for side, watches in found.items():
         peak = statistics.median(watch.peak / watch.parameters for watch in watches)
-        print(f"| {side} | {peak:.2f} | {watches[0].state:.3f} | {watches[0].loss:.4f} |")
+        print(f"| {side} | {peak:.2f} | {watches[0].state:.3f} |")
     seconds = {side: [statistics.median(watch.seconds[3:]) for watch in watches] for side, watches in found.items()}
     print("\n" + table(f"a batch, {count:,} parameters", compare(seconds)), flush=True)
 
@@ -186,11 +184,12 @@ def main() -> None:
     versions = f"bitsandbytes {bitsandbytes.__version__}, torchao {torchao.__version__}"
     print(f"{torch.cuda.get_device_name()}; {environment()}, {versions}", flush=True)
     if options.only != "memory":
-        print_steps(options.quick, options.rounds)
-        gc.collect()
-        torch.cuda.empty_cache()
+        for number, size in [(4, 256)] if options.quick else [(50, 1024), (4, 4096)]:
+            print_steps(options.quick, options.rounds, number, size)
+            gc.collect()
+            torch.cuda.empty_cache()
     if options.only != "steps":
-        print_memory(options.quick, 1 if options.quick else 3)
+        print_memory(options.quick, 1 if options.quick else max(1, options.rounds // 4))
 
 
 if __name__ == "__main__":
