@@ -15,6 +15,7 @@ import io
 import logging
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,12 @@ SIDES: dict[str, dict[str, Any]] = {
 }
 TASKS: dict[str, dict[str, Any]] = {
     "image classification": {"module": ImageClassifier, "data": ImageData, "metric": "val_loss", "steps": 252},
-    "language model": {"module": GPT, "data": TextData, "metric": "val_bits_per_byte", "steps": 200},
+    "language model": {
+        "module": partial(GPT, lr=5e-3),
+        "data": partial(TextData, batch_size=16, length=32),
+        "metric": "val_bits_per_byte",
+        "steps": 1200,
+    },
 }
 
 
