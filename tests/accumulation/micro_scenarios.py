@@ -24,6 +24,7 @@ from lightning_accel.accumulation.micro_batching import MicroBatching
 from lightning_accel.durability.exact_resume import ExactResume
 from lightning_accel.strategies.fully_shard import FullyShardStrategy
 from lightning_accel.strategies.zero import ZeROStrategy
+from lightning_accel.strategies.zero_redundancy import ZeroRedundancyStrategy
 from tests.accumulation.micro import WIDTH, Net, Shortage, Watch, samples
 from tests.accumulation.text import Text, adamw, make_batches
 from tests.hooks.common import make_trainer, save_at
@@ -34,6 +35,7 @@ STRATEGIES: dict[str, Callable[..., Any]] = {
     "ddp": partial(DDPStrategy, process_group_backend="gloo"),
     "unused": partial(DDPStrategy, process_group_backend="gloo", find_unused_parameters=True),
     "fsdp2": FullyShardStrategy,
+    "redundancy": partial(ZeroRedundancyStrategy, process_group_backend="gloo"),
     **{f"zero{stage}": partial(ZeROStrategy, stage=stage) for stage in (1, 2, 3)},
 }
 SIZES = {"even": ([8, 8, 8, 5], [8, 8, 8, 5]), "uneven": ([8, 5, 8, 3], [3, 8, 6, 7])}
@@ -258,6 +260,7 @@ SHORT: dict[str, Callable[[Path], Any]] = {
     "in the backward": short({"samples": 3, "backward": True}, ranks=(0,)),
     "the last backward": short({"samples": 2, "backward": True, "last": True}, ranks=(1,)),
     "in mid-window": short({"samples": 3, "batches": (1, 2)}, ranks=(1,), accumulate_grad_batches=3, max_epochs=2),
+    "redundancy": short({"samples": 3}, ranks=(1,), strategy="redundancy", max_epochs=2),
     "uneven": short({"samples": 2}, ranks=(1,), sizes="uneven", max_epochs=2),
     "grows": short({"samples": 4}, ranks=(0,), arguments={"grow_after": 1}, max_epochs=3),
 }
