@@ -37,6 +37,18 @@ class AccelCLI(LightningCLI):
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
         super().__init__(args=args, **kwargs)
 
+    def before_instantiate_classes(self) -> None:
+        """Keep the first of equal callbacks of this package: two recipes, or a recipe and the user, may ask for one."""
+        trainer = (self.config[self.subcommand] if self.subcommand else self.config).trainer
+        kept: list[Any] = []
+        for spec in trainer.callbacks if isinstance(trainer.callbacks, list) else ():
+            if spec in kept and spec.class_path.startswith("lightning_accel."):
+                rank_zero_info(f"{spec.class_path} was asked for more than once with the same arguments: one is kept.")
+            else:
+                kept.append(spec)
+        if kept:
+            trainer.callbacks = kept
+
 
 class KeepConfig(SaveConfigCallback):
     """Saves the configuration beside the logs as LightningCLI does, but leaves a file that is there and goes on.

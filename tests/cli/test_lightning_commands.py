@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_accel.cli.main import main
 from lightning_accel.cli.run_one import describe_data, source_digests
@@ -46,6 +47,23 @@ def test_recipes_append_to_the_users_callbacks(capsys: pytest.CaptureFixture[str
     names = [entry["class_path"].rsplit(".", 1)[-1] for entry in callbacks]
     mild = ["BatchAugmentation", "LabelSmoothing", "FusedOptimizer"]
     assert names == ["GradientAccumulation", *mild, *mild, "ExactResume"]
+
+
+@pytest.mark.filterwarnings("ignore:LowBitOptimizer has no effect")
+def test_equal_callbacks_are_kept_once_and_others_refused(
+    own_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fused = "\n    - class_path: lightning_accel.FusedOptimizer"
+    argv = ["fit", "--config", "config.yaml", "--recipe", "low-memory"]
+    (own_directory / "config.yaml").write_text(CONFIG.replace("\nmodel:", f"{fused}\nmodel:"))
+    assert main(argv) == 0
+    plan = capsys.readouterr().out
+    assert plan.count("FusedOptimizer") == 1 and "LowBitOptimizer" in plan
+    (own_directory / "config.yaml").write_text(
+        CONFIG.replace("\nmodel:", f"{fused}\n      init_args: {{enabled: false}}\nmodel:")
+    )
+    with pytest.raises(MisconfigurationException, match="FusedOptimizer is in the Trainer's callbacks twice"):
+        main(argv)
 
 
 def test_fit_with_short_names(capsys: pytest.CaptureFixture[str]) -> None:
