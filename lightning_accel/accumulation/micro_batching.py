@@ -151,7 +151,8 @@ class MicroBatching(AccelCallback):
                 "batches by itself: give it the signature `training_step(self, batch, batch_idx)`."
             )
         for other in trainer_callbacks(trainer):
-            if type(other).__name__ == "NoiseScaleAccumulation" and getattr(other, "min_factor", 0) == 1:
+            measures = type(other).__name__ == "NoiseScaleAccumulation" and not getattr(other, "is_neutral", False)
+            if measures and getattr(other, "min_factor", 0) == 1:
                 raise MisconfigurationException(
                     f"{name} can't work with NoiseScaleAccumulation(min_factor=1), which measures the gradient of a "
                     "whole batch on its way into the all-reduce: set min_factor=2."

@@ -428,6 +428,7 @@ def test_the_noise_between_batches_is_that_of_whole_batches(monkeypatch: pytest.
         run(Net(dropout=0.0), noise, *micro, max_epochs=3)
         found.append((noise._measured, noise._signal, noise._noise))
     assert found[0] == pytest.approx(found[1], rel=1e-4)
+    run(Net(), NoiseScaleAccumulation(1, 1), MicroBatching(3))  # measures nothing
     monkeypatch.setattr(NoiseScaleAccumulation, "install", lambda *_: None)  # which refuses it on a single device
     with pytest.raises(MisconfigurationException, match="NoiseScaleAccumulation\\(min_factor=1\\), which measures"):
         run(Net(), NoiseScaleAccumulation(1, 2), MicroBatching(3))
