@@ -47,6 +47,7 @@ def muon_steps(number: int, size: int) -> dict[str, Callable[[], Any]]:
     }
     for name, make in optimizers.items():
         sides[name] = make(list(layers(number, size).parameters())).step
+    next(iter(sides.values()))()  # where its state is made, which would show
     return sides
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["address", "compiler", "kernels", "triton_for", "triton_on", "without_kernels"]
+__all__ = ["address", "compiler", "kernels", "triton_for", "triton_on", "why_no_triton", "without_kernels"]
 
 _FLAGS = (
     "-O3",
@@ -71,11 +71,16 @@ def triton_for(*tensors: torch.Tensor) -> Any:
 
 def triton_on(device: torch.device) -> Any:
     """The kernels in Triton, where they run on a device, or None."""
-    return None if device.type != "cuda" or without_kernels else _triton(device)
+    return None if device.type != "cuda" or without_kernels else _triton(device)[0]
+
+
+def why_no_triton(device: torch.device) -> str:
+    """Why there are no kernels in Triton on a CUDA device, or an empty string."""
+    return "" if triton_on(device) is not None else "without_kernels is set" if without_kernels else _triton(device)[1]
 
 
 @functools.cache
-def _triton(device: torch.device) -> Any:
+def _triton(device: torch.device) -> tuple[Any, str]:
     """The kernels, if one of them runs on a device: Triton needs a C compiler too, and a device that it knows."""
     try:
         from lightning_accel.optimizers import triton_kernels
@@ -83,9 +88,11 @@ def _triton(device: torch.device) -> Any:
         line = torch.ones(256, device=device)
         codes, scales = torch.empty(256, dtype=torch.uint8, device=device), torch.empty(1, device=device)
         triton_kernels.encode(line, codes, scales, torch.zeros(256, dtype=torch.int32, device=device), 8, False)
-        return triton_kernels if int(codes[-1]) == 255 else None
-    except Exception:  # whatever it fails with, there are tensor operations
-        return None
+        return (triton_kernels, "") if int(codes[-1]) == 255 else (None, "its results are wrong")
+    except ImportError:
+        return None, "Triton is not installed"
+    except Exception as error:  # whatever it fails with, there are tensor operations
+        return None, f"Triton fails with {type(error).__name__}: {error}".splitlines()[0]
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from lightning_accel.errors import NoEffectWarning, check_choice, check_int, check_patterns, matches_any
 from lightning_accel.hooks import Contract, OptimizerTransform
 from lightning_accel.optimizers.bitsandbytes_state import use_bitsandbytes_
+from lightning_accel.optimizers.kernels import why_no_triton
 from lightning_accel.optimizers.low_bit_backend import BACKENDS, Wish, asked_refusal, choose_backend
 from lightning_accel.optimizers.low_bit_plan import BITS, LowBitPlan, refusal, say_bits, without_moments
 from lightning_accel.optimizers.quantized_state import quantize_optimizer_
@@ -205,6 +206,9 @@ class LowBitOptimizer(OptimizerTransform):
         )
         if len(low) < len(asked):
             choice += f"; {len(asked) - len(low)} stay in 32 bits, since they are no whole blocks of {backend}"
+        slow = next((parameter.device for parameter in asked if parameter.device.type == "cuda"), None)
+        if backend == "generic" and slow is not None and (reason := why_no_triton(slow)):
+            choice += f"; coded by tensor operations, which are slow on a GPU: {reason}"
         if rounds:
             choice += f"; {len(rounds)} bfloat16 parameters rounded at random"
         self.choices.append(choice)

@@ -50,6 +50,14 @@ def test_the_kernels_give_the_bits_of_the_tensor_operations(
             assert same(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 
 
+def test_where_triton_does_not_run_the_reason_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 99)
+    assert kernels.triton_on(device) is None and "Triton" in kernels.why_no_triton(device)
+    assert kernels.triton_on(torch.device("cpu")) is None
+    monkeypatch.setattr(kernels, "without_kernels", True)
+    assert kernels.why_no_triton(device) == "without_kernels is set"
+
+
 @pytest.mark.parametrize("signed", SIGNED)
 @pytest.mark.parametrize("bits", BITS)
 def test_decoded_values_get_their_codes_again(bits: Any, signed: bool) -> None:
