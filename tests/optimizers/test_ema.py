@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_accel import EMA, GradualPruning
@@ -95,6 +95,8 @@ def test_the_training_is_not_changed_by_one_bit() -> None:
 
 def test_lightnings_own_starts_elsewhere() -> None:
     """What is done better here: see the page's table; this holds the claim."""
+    callbacks = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging", reason="of Lightning 2.6")
+    EMAWeightAveraging = callbacks.EMAWeightAveraging
 
     class Late(EMAWeightAveraging):
         def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:

@@ -30,6 +30,7 @@ from lightning_accel.optimizers.schedule_free_steps import to_average_, to_train
 from lightning_accel.strategies.zero_redundancy import ZeroRedundancyStrategy
 from tests.conformance.compare import assert_equal
 from tests.conformance.toy import Digits, ManualDigits, make_trainer, run, train_loader, val_loader
+from tests.conftest import WEIGHTS_ONLY
 from tests.optimizers.toy import model, train, weights
 
 Weights = dict[str, Tensor]
@@ -325,7 +326,7 @@ def test_the_weights_of_a_checkpoint_are_the_average(tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=1)
     module, trainer, watch = fitted([ScheduleFree(), saver], enable_checkpointing=True)
     step = torch.load(saver.best_model_path, weights_only=True)["global_step"]
-    loaded = Plain.load_from_checkpoint(saver.best_model_path, map_location="cpu", weights_only=True)
+    loaded = Plain.load_from_checkpoint(saver.best_model_path, map_location="cpu", **WEIGHTS_ONLY)
     assert_equal(copied(loaded), watch.validated[step // 3 - 1], "the weights")
     left = copied(module)
     (tested,) = trainer.test(module, val_loader(), ckpt_path="best", verbose=False)
