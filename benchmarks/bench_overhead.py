@@ -10,6 +10,8 @@ Then the hooks of each callback are called alone, many times over, as the Traine
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import random
 import statistics
 import threading
@@ -181,9 +183,12 @@ def main() -> None:
     quick = parser.parse_args().quick
     warnings.simplefilter("ignore")
     print(environment())
-    alone = {side: [hooks_alone(make, *shape) for shape in MODULES.values()] for side, make in SIDES.items()}
+    plans = contextlib.redirect_stdout(io.StringIO())
+    with plans:
+        alone = {side: [hooks_alone(make, *shape) for shape in MODULES.values()] for side, make in SIDES.items()}
     for name, batches, rounds in (("small", 32, 300), ("medium", 16, 200)):
-        seconds = measure(*MODULES[name], batches, 4 if quick else rounds)
+        with plans:
+            seconds = measure(*MODULES[name], batches, 4 if quick else rounds)
         timings = compare(seconds)
         empty = compare({"empty": seconds["an empty Lightning callback"], **seconds})
         print(f"\n| {count(name)} | ms a batch | to the plain Trainer | to an empty callback |")

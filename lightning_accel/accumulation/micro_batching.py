@@ -176,8 +176,7 @@ class MicroBatching(AccelCallback):
         attempts, batch = self._attempts, kwargs["batch"]
         fixed = [] if attempts is not None else self._split(trainer, batch, self._fixed)
         # What a rank that splits its batch logs is exchanged after its backward; one that does not must do the same
-        in_step = trainer.world_size == 1 or self._together
-        if in_step and len(fixed) == 1 and fixed[0].batch is batch:
+        if len(fixed) == 1 and fixed[0].batch is batch and (self._together or trainer.world_size == 1):
             return original(kwargs, optimizer, batch_idx)
 
         def run() -> tuple[Tensor | None, dict[str, Any]]:

@@ -48,6 +48,8 @@ def samples_of(batch: Any, shared_keys: Collection[str] = (), list_keys: Collect
         >>> samples_of({"x": torch.zeros(4, 3), "names": ["a", "b", "c", "d"], "scale": 0.5})
         4
     """
+    if not shared_keys and not list_keys and (common := _common_length(batch)) is not None:
+        return common
     for argument, keys in (("shared_keys", shared_keys), ("list_keys", list_keys)):
         for key in keys:
             if key:
@@ -91,6 +93,13 @@ def split_batch(
     return _split(
         batch, "", [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)], shared_keys, list_keys
     )
+
+
+def _common_length(batch: Any) -> int | None:
+    """The length of the tensors of a flat batch, as most are, without a look at more than it takes; None of others."""
+    items = batch.values() if type(batch) is dict else batch if type(batch) in (list, tuple) else ()
+    lengths = {len(item) if type(item) is Tensor and item.ndim and not item.is_nested else None for item in items}
+    return lengths.pop() if len(lengths) == 1 else None
 
 
 def _children(item: Any) -> list[tuple[Any, Any]] | None:
