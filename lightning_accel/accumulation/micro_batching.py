@@ -132,7 +132,7 @@ class MicroBatching(AccelCallback):
 
     def _fresh(self) -> None:
         self._attempts = Attempts(self._grow_after, self._budget) if self._fixed is None else None
-        self._together = False  # whether ranks need equally many micro-batches
+        self._together = self._alone = False  # whether ranks need equally many micro-batches; whether there is one rank
         self._largest = 0  # samples in a batch, so far
         self._said: set[str] = set()
 
@@ -166,7 +166,7 @@ class MicroBatching(AccelCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See what the strategy made of the model."""
         check_model(trainer, type(self).__name__)
-        self._together = steps_together(trainer)
+        self._together, self._alone = steps_together(trainer), trainer.world_size == 1
 
     # ------------------------------------------------------------------------------------------- the step of a batch
 
@@ -174,9 +174,14 @@ class MicroBatching(AccelCallback):
         self, trainer: Trainer, original: Any, kwargs: OrderedDict[str, Any], optimizer: Optimizer, batch_idx: int
     ) -> Any:
         attempts, batch = self._attempts, kwargs["batch"]
+        if self._alone and self._fixed is not None:  # what a batch that fits costs is this
+            samples = samples_of(batch, *self._keys)
+            if samples <= self._fixed:
+                self._largest = max(self._largest, samples)
+                return original(kwargs, optimizer, batch_idx)
         fixed = [] if attempts is not None else self._split(trainer, batch, self._fixed)
         # What a rank that splits its batch logs is exchanged after its backward; one that does not must do the same
-        if len(fixed) == 1 and fixed[0].batch is batch and (self._together or trainer.world_size == 1):
+        if self._together and len(fixed) == 1 and fixed[0].batch is batch:
             return original(kwargs, optimizer, batch_idx)
 
         def run() -> tuple[Tensor | None, dict[str, Any]]:

@@ -98,8 +98,15 @@ def split_batch(
 def _common_length(batch: Any) -> int | None:
     """The length of the tensors of a flat batch, as most are, without a look at more than it takes; None of others."""
     items = batch.values() if type(batch) is dict else batch if type(batch) in (list, tuple) else ()
-    lengths = {len(item) if type(item) is Tensor and item.ndim and not item.is_nested else None for item in items}
-    return lengths.pop() if len(lengths) == 1 else None
+    common = None
+    for item in items:
+        if type(item) is not Tensor or not item.ndim or item.is_nested:
+            return None
+        length = item.shape[0]
+        if common is not None and length != common:
+            return None
+        common = length
+    return common
 
 
 def _children(item: Any) -> list[tuple[Any, Any]] | None:
