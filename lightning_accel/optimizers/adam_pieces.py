@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from lightning_accel.optimizers.codes import dither
 from lightning_accel.optimizers.kernels import triton_on
@@ -21,22 +22,28 @@ from lightning_accel.optimizers.low_bit_plan import local_part
 from lightning_accel.optimizers.quantize import empty_moment, line_of, pieces
 from lightning_accel.optimizers.stochastic_rounding import generator_for, round_to_bfloat16_
 
-__all__ = ["can_step_pieces", "step_pieces_"]
+__all__ = ["can_step_pieces", "step_pieces_", "takes_pieces"]
 
 _PIECE = 2**15
 """Elements of a piece: its weights, gradients and two moments take 512 KiB."""
 
 
+def takes_pieces(base: type[Optimizer], group: Mapping[str, Any]) -> bool:
+    """Whether a group's parameters are stepped so, as far as the optimizer's class and the group's options go."""
+    if base not in (torch.optim.Adam, torch.optim.AdamW):
+        return False
+    if group.get("foreach") is not None or group.get("fused") is False or group.get("capturable"):
+        return False
+    return not any(isinstance(value, Tensor) for value in (group["lr"], group["weight_decay"], *group["betas"]))
+
+
 def can_step_pieces(optimizer: Any, group: Mapping[str, Any], parameter: Tensor) -> bool:
     """Whether this parameter can be stepped so."""
-    base = optimizer._base
-    if base not in (torch.optim.Adam, torch.optim.AdamW) or parameter.grad is None:
+    if parameter.grad is None or not takes_pieces(optimizer._base, group):
         return False
     if parameter.device.type != "cpu" and triton_on(parameter.device) is None:
         return False
-    options = group.get("foreach") is not None or group.get("fused") is False or group.get("capturable")
-    tensors = any(isinstance(value, Tensor) for value in (group["lr"], group["weight_decay"], *group["betas"]))
-    if options or tensors or getattr(optimizer, "grad_scale", None) is not None:
+    if getattr(optimizer, "grad_scale", None) is not None:
         return False
     plan = optimizer.low_bit
     if not plan.is_low_bit(parameter) or not (parameter.dtype is torch.float32 or plan.is_wide(parameter)):

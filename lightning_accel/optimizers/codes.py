@@ -101,15 +101,30 @@ class Code:
         name: As in ``bits``.
         block: Elements that share a scale; 0 where there are none.
         per_byte: Elements a byte of codes, or 0 where an element takes more.
-        encode: Of a line, its codes, its scales (both are written), the dither, and whether it may be negative.
-        decode: Of codes, scales and the line that is written.
+        encode_plain: What :meth:`encode` does where there is no Triton.
+        decode_plain: What :meth:`decode` does there.
     """
 
     name: int | str
     block: int
     per_byte: int
-    encode: Callable[[Tensor, Tensor, Tensor, Tensor, bool], None]
-    decode: Callable[[Tensor, Tensor, Tensor], None]
+    encode_plain: Callable[[Tensor, Tensor, Tensor, Tensor, bool], None]
+    decode_plain: Callable[[Tensor, Tensor, Tensor], None]
+
+    def encode(self, line: Tensor, codes: Tensor, scales: Tensor, noise: Tensor, signed: bool) -> None:
+        """Write the codes and the scales of a line, with its dither; ``signed`` where it may be negative."""
+        if (triton := triton_for(line, scales)) is not None:
+            triton.encode(line, codes, scales, noise, self.name, signed)
+        else:
+            self.encode_plain(line, codes, scales, noise, signed)
+
+    def decode(self, codes: Tensor, scales: Tensor, out: Tensor) -> None:
+        """Write the line that codes and scales stand for."""
+        # without scales it is a copy, for which torch has a kernel
+        if self.block and (triton := triton_for(out, scales)) is not None:
+            triton.decode(codes, scales, out, self.name, codes.dtype is torch.int8)
+        else:
+            self.decode_plain(codes, scales, out)
 
     def dtype(self, signed: bool) -> torch.dtype:
         """Of the codes; it tells the code and, but for fp8 and bfloat16, the sign."""
@@ -146,9 +161,6 @@ def _encode_8(line: Tensor, codes: Tensor, scales: Tensor, noise: Tensor, signed
         pointers = [address(tensor) for tensor in (line, codes, scales, noise)]
         compiled.encode_bytes(*pointers, line.numel(), tiny, offset, 1 - offset, lowest, signed)
         return
-    if (triton := triton_for(line, scales)) is not None:
-        triton.encode(line, codes, scales, noise, 8, signed)
-        return
     blocks = _blocks(line, 256)
     bits = _scaled(blocks, scales).mul_(1 - offset).add_(offset).view(torch.int32)
     bits = bits.add_(noise).bitwise_right_shift_(_SHIFT).sub_(lowest)
@@ -164,9 +176,6 @@ def _encode_fp8(line: Tensor, codes: Tensor, scales: Tensor, noise: Tensor, sign
     if (compiled := _compiled(line, scales)) is not None:
         pointers = [address(tensor) for tensor in (line, codes, scales, noise)]
         compiled.encode_fp8(*pointers, line.numel(), torch.finfo(scales.dtype).tiny, signed)
-        return
-    if (triton := triton_for(line, scales)) is not None:
-        triton.encode(line, codes, scales, noise, "fp8", signed)
         return
     blocks = _blocks(line, 256)
     value = _scaled(blocks, scales).mul_(_FP8_MAX)
@@ -185,9 +194,6 @@ def _decode_bytes(codes: Tensor, scales: Tensor, out: Tensor) -> None:
     if (compiled := _compiled(out, scales)) is not None:
         compiled.decode_bytes(*(address(tensor) for tensor in (codes, scales, values, out)), out.numel())
         return
-    if (triton := triton_for(out, scales)) is not None:
-        triton.decode(codes, scales, out, "fp8" if kind == "fp8" else 8, codes.dtype is torch.int8)
-        return
     part = _blocks(codes.view(torch.uint8), 256)
     decoded = values.index_select(0, part.view(-1).to(torch.int32)).view(-1, 256)
     out.copy_((decoded * scales[:, None]).view(-1)[: out.numel()])
@@ -198,9 +204,6 @@ def _encode_4(line: Tensor, codes: Tensor, scales: Tensor, noise: Tensor, signed
     if (compiled := _compiled(line, scales)) is not None:
         pointers = [address(tensor) for tensor in (line, codes, scales, noise)]
         compiled.encode_nibbles(*pointers, line.numel(), tiny, address(LINES), signed)
-        return
-    if (triton := triton_for(line, scales)) is not None:
-        triton.encode(line, codes, scales, noise, 4, signed)
         return
     blocks = _blocks(line, 128)
     ratio, raised = _scaled(blocks, scales), noise[:128].float() * 2.0**-20
@@ -226,9 +229,6 @@ def _decode_4(codes: Tensor, scales: Tensor, out: Tensor) -> None:
     if (compiled := _compiled(out, scales)) is not None:
         compiled.decode_nibbles(*(address(tensor) for tensor in (codes, scales, values, out)), out.numel())
         return
-    if (triton := triton_for(out, scales)) is not None:
-        triton.decode(codes, scales, out, 4, codes.dtype is torch.int8)
-        return
     part = codes.view(torch.uint8).to(torch.int32).view(-1, 64)
     decoded = values.index_select(0, torch.cat([part & 15, part >> 4], dim=1).view(-1)).view(-1, 128)
     out.copy_((decoded * scales[:, None]).view(-1)[: out.numel()])
@@ -237,9 +237,6 @@ def _decode_4(codes: Tensor, scales: Tensor, out: Tensor) -> None:
 def _encode_bf16(line: Tensor, codes: Tensor, scales: Tensor, noise: Tensor, signed: bool) -> None:
     if (compiled := _compiled(line)) is not None:
         compiled.encode_bfloat16(*(address(tensor) for tensor in (line, codes, noise)), line.numel())
-        return
-    if (triton := triton_for(line)) is not None:
-        triton.encode(line, codes, scales, noise, "bf16", signed)
         return
     bits = _blocks(line.float(), 256).view(torch.int32) + (noise >> 4)
     codes.view(torch.int16).copy_((bits >> 16).view(-1)[: line.numel()])

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_accel.errors import require
+from lightning_accel.optimizers.adam_pieces import takes_pieces
 from lightning_accel.optimizers.bitsandbytes_state import bitsandbytes_missing, bitsandbytes_refusal, paged_refusal
 from lightning_accel.optimizers.kernels import triton_on
 from lightning_accel.optimizers.low_bit_plan import BITS, say_bits
@@ -49,8 +50,9 @@ def choose_backend(optimizer: Optimizer, wish: Wish) -> tuple[str, str]:
     backend = "bitsandbytes" if wish.bits == [8] else "torchao"
     if reason := _cannot(optimizer, backend, wish):
         return "generic", reason
-    adam = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
-    own = adam and all(triton_on(parameter.device) is not None for parameter in _parameters(optimizer))
+    own = all(takes_pieces(type(optimizer), group) for group in optimizer.param_groups) and all(
+        parameter.dtype is torch.float32 and triton_on(parameter.device) is not None for parameter in wish.low
+    )
     if any(group.get("fused") for group in optimizer.param_groups):
         return "generic", _OWN if own else f"it keeps the fused step, which {backend} does not have"
     devices = sorted({parameter.device.type for parameter in _parameters(optimizer)})

@@ -116,8 +116,13 @@ def test_auto_says_what_it_takes_and_why(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "compiles its step again for each value of `betas`" in chosen(cycled, 4)[1]
     monkeypatch.setattr(f"{BACKEND}.triton_on", lambda device: object() if device.type == "meta" else None)
     assert chosen(elsewhere(), 4) == ("generic", "its own kernels take the step of Adam")
+    assert chosen(elsewhere("Adam L2"), "fp8") == ("generic", "its own kernels take the step of Adam")
     assert chosen(elsewhere()) == ("bitsandbytes", "its kernels compute the same maths")
     assert "fused" in chosen(here(fused=True), 4)[1]
+    each, half = elsewhere(), MAKE["AdamW"](model().to("meta", torch.bfloat16).parameters())
+    each.param_groups[0]["foreach"] = True
+    for unlike in (each, half):  # which they do not step
+        assert chosen(unlike, 4) == ("torchao", "its compiled step computes the same maths")
 
 
 def test_the_choice_names_the_share_that_is_quantised() -> None:

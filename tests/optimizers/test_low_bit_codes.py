@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -56,6 +57,21 @@ def test_where_triton_does_not_run_the_reason_is_known(monkeypatch: pytest.Monke
     assert kernels.triton_on(torch.device("cpu")) is None
     monkeypatch.setattr(kernels, "without_kernels", True)
     assert kernels.why_no_triton(device) == "without_kernels is set"
+
+
+@pytest.mark.parametrize("signed", SIGNED)
+@pytest.mark.parametrize("bits", BITS)
+def test_triton_is_told_the_code(bits: Any, signed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    stand_in = SimpleNamespace(
+        encode=lambda line, codes, scales, noise, *which: told.append(which),
+        decode=lambda codes, scales, out, *which: told.append(which),
+    )
+    monkeypatch.setattr("lightning_accel.optimizers.codes.triton_for", lambda *tensors: stand_in)
+    decode_moment(encode_moment(sample(1000, signed), signed, 3, bits=bits))
+    # the codes of fp8 do not tell the sign, nor need it; decoding bfloat16 is a copy
+    decoded = [] if bits == "bf16" else [(bits, signed and bits != "fp8")]
+    assert told == [(bits, signed), *decoded]
 
 
 @pytest.mark.parametrize("signed", SIGNED)
