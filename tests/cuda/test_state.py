@@ -12,8 +12,8 @@ from lightning.pytorch import Trainer
 from lightning_accel import EMA, FullyShardStrategy, LowBitOptimizer, Muon, NoEffectWarning
 from lightning_accel.report.sizes import optimizer_state_bytes
 from tests.conformance.compare import assert_equal
-from tests.conftest import WEIGHTS_ONLY
-from tests.cuda.wide import PARAMETERS, Losses, Wide, loader, train, weights
+from tests.conformance.toy import Recorder
+from tests.cuda.wide import PARAMETERS, Losses, loader, train, weights
 
 pytestmark = [pytest.mark.cuda, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -55,33 +55,14 @@ class StateBytes(Losses):
 
 @pytest.mark.parametrize("side", SIDES)
 def test_it_goes_on_bit_for_bit(side: str, tmp_path: Path) -> None:
-    arguments = SIDES[side][0]
+    def fit(name: str, epochs: int, **options: Any) -> Any:
+        options = {"data": loader(256, 4), "dropout": 0.0, "enable_checkpointing": True, **options}
+        train(LowBitOptimizer(**SIDES[side][0]), Recorder(final=tmp_path / name), epochs=epochs, **options)
+        return torch.load(tmp_path / name, weights_only=True)
 
-    def fit(path: Path, epochs: int, ckpt_path: Path | None = None) -> Any:
-        trainer = Trainer(
-            accelerator="cuda",
-            devices=1,
-            max_epochs=epochs,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-            callbacks=[LowBitOptimizer(**arguments)],
-        )
-        torch.manual_seed(epochs)
-        module = Wide(dropout=0.0)
-        options = {} if ckpt_path is None else {"ckpt_path": ckpt_path, **WEIGHTS_ONLY}
-        if ckpt_path is None:
-            torch.manual_seed(0)
-            for parameter in module.parameters():
-                torch.nn.init.uniform_(parameter, -0.05, 0.05)
-        trainer.fit(module, loader(256, 4), **options)
-        trainer.save_checkpoint(path)
-        return torch.load(path, weights_only=True)
-
-    whole = fit(tmp_path / "whole.ckpt", 4)
-    fit(tmp_path / "half.ckpt", 2)
-    resumed = fit(tmp_path / "resumed.ckpt", 4, tmp_path / "half.ckpt")
+    whole = fit("whole.ckpt", 4)
+    fit("half.ckpt", 2)
+    resumed = fit("resumed.ckpt", 4, seed=9, ckpt_path=tmp_path / "half.ckpt")  # from other weights
     for key in ("state_dict", "optimizer_states"):
         assert_equal(resumed[key], whole[key], key)
 

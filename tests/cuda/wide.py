@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from tests.conftest import WEIGHTS_ONLY
 
 WIDTH, DEPTH, SAMPLES = 512, 8, 8192
 PARAMETERS = DEPTH * WIDTH * (WIDTH + 1)
@@ -55,10 +58,16 @@ def loader(batch_size: int = SAMPLES, batches: int = 4) -> DataLoader[Any]:
 
 
 def train(
-    *callbacks: Callback, data: Any = None, epochs: int = 3, dropout: float = 0.1, **options: Any
+    *callbacks: Callback,
+    data: Any = None,
+    epochs: int = 3,
+    dropout: float = 0.1,
+    seed: int = 1,
+    ckpt_path: Path | None = None,
+    **options: Any,
 ) -> tuple[Wide, Losses]:
     """Fit on the device; the module is in main memory afterwards."""
-    seed_everything(1, verbose=False)
+    seed_everything(seed, verbose=False)
     module, losses = Wide(dropout), Losses()
     trainer = Trainer(
         **{
@@ -73,7 +82,8 @@ def train(
             **options,
         }
     )
-    trainer.fit(module, loader() if data is None else data)
+    resume: dict[str, Any] = {} if ckpt_path is None else {"ckpt_path": ckpt_path, **WEIGHTS_ONLY}
+    trainer.fit(module, loader() if data is None else data, **resume)
     return module, losses
 
 
